@@ -1,0 +1,1 @@
+"""Single-stream Policy Optimization on PyTorch Lightning."""

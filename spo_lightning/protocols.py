@@ -1,0 +1,109 @@
+"""The seams: what a rollout engine and a reward must offer.
+
+They are abstract classes rather than ``typing.Protocol``: jsonargparse takes a class for a protocol only when every
+annotation is spelled the same, while a subclass is taken as it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spo_lightning.types import Completion, Grade, RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """What an engine learns about the run before its first request.
+
+    Attributes:
+        model_path: folder or hub name the policy was loaded from (configuration, and weights to start from).
+        tokenizer: the policy's tokenizer.
+        device: where the trainer's rank computes, e.g. ``"cpu"`` or ``"cuda:0"``.
+        dtype: name of the policy's dtype, e.g. ``"float32"``.
+        eos_token_ids: tokens that end a completion.
+        max_model_len: most tokens of prompt and completion together; ``None`` leaves it to the model's configuration.
+        revision: hub revision of the policy.
+    """
+
+    model_path: str
+    tokenizer: Any
+    device: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int | None = None
+    revision: str | None = None
+
+
+class RolloutEngine(ABC):
+    """Streaming generation: requests go in at any time, finished completions come out as they finish.
+
+    One contract serves batch collection (submit all, step until none is open), first-finished collection (submit more
+    than needed, ``abort`` the rest), tool loops (a stop string ends a request, its continuation is a new request) and
+    weights that change while requests are open.
+    """
+
+    @abstractmethod
+    def start(self, context: EngineContext) -> None:
+        """Build the engine. Called before any other method, and again after ``close``."""
+
+    @abstractmethod
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Queue requests. Raises ValueError, queueing none, on an open id, an empty prompt or one that does not fit."""
+
+    @abstractmethod
+    def step(self) -> list[Completion]:
+        """Advance every running request by at least one token; return the completions that finished."""
+
+    @abstractmethod
+    def abort(self, request_ids: Iterable[int]) -> list[Completion]:
+        """Stop open requests; return what they have so far, ``finish_reason`` "aborted". KeyError on an unknown id."""
+
+    @property
+    @abstractmethod
+    def num_open(self) -> int:
+        """Requests submitted and neither returned nor aborted."""
+
+    @abstractmethod
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy new weights in, streamed one full parameter at a time under the policy's names.
+
+        Open requests go on under the new weights, with nothing cached from the old ones. Raises ValueError when the
+        names do not cover the engine's parameters or a shape differs; the engine then refuses to step until a push
+        succeeds.
+        """
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Release the device memory that only generation needs, until ``wake_up``."""
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """Make ready to step again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything."""
+
+
+class Reward(ABC):
+    """Grades completions against references. A subclass must offer ``grade``; the rest has sensible defaults."""
+
+    @abstractmethod
+    def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
+        """One grade a completion, in order. What the grader cannot decide in time is an undecided grade."""
+
+    def equivalent(self, answers: Sequence[tuple[str, str]]) -> list[bool]:
+        """For each pair of extracted answers, whether they are one answer to maj@k; by default when equal as text."""
+        return [first.strip() == second.strip() for first, second in answers]
+
+    def check_references(self, references: Sequence[str]) -> list[int]:
+        """Positions of references that can never be matched; asked for before training starts. By default none."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 (most rewards hold nothing)
+        """Release worker processes."""
