@@ -1,0 +1,37 @@
+"""The mathematics of SPO, on tensors: importing this loads torch and nothing heavier."""
+
+from spo_lightning.algorithms.advantages import AdvantageEstimator, TokenNormalized, TrajectoryNormalized
+from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate
+from spo_lightning.algorithms.drift import DriftEstimator, KLEstimate, MeanAbsLogRatio, truncate_completion
+from spo_lightning.algorithms.forgetting import ConstantForgetting, ForgettingRule, KLHalfLife
+from spo_lightning.algorithms.logprobs import selected_logprobs
+from spo_lightning.algorithms.losses import CISPOLoss, GSPOLoss, PolicyLoss, PPOClipLoss
+from spo_lightning.algorithms.sampling import PrioritizedWeights, PromptWeights, UniformWeights, draw_prompts
+from spo_lightning.algorithms.value_tracker import Smoothing, ValueTracker
+
+__all__ = [
+    "AdvantageEstimator",
+    "Aggregation",
+    "BatchTotals",
+    "CISPOLoss",
+    "ConstantForgetting",
+    "DriftEstimator",
+    "ForgettingRule",
+    "GSPOLoss",
+    "KLEstimate",
+    "KLHalfLife",
+    "MeanAbsLogRatio",
+    "PPOClipLoss",
+    "PolicyLoss",
+    "PrioritizedWeights",
+    "PromptWeights",
+    "Smoothing",
+    "TokenNormalized",
+    "TrajectoryNormalized",
+    "UniformWeights",
+    "ValueTracker",
+    "aggregate",
+    "draw_prompts",
+    "selected_logprobs",
+    "truncate_completion",
+]
