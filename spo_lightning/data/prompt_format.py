@@ -1,0 +1,94 @@
+"""From a problem to the token ids that the policy sees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+ChatTemplate = Literal["auto", "always", "never"]
+Message = dict[str, str]
+
+
+class PromptFormatter:
+    r"""Applies instruction, system prompt and chat template, and tokenizes.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        instruction: appended to the last user message exactly as given. It brings its own separator: without
+            two line breaks in front it is glued to the problem's last word.
+        system_prompt: put before a conversation that does not begin with a system message of its own. Needs a chat
+            template.
+        chat_template: "auto" applies the tokenizer's chat template if it has one and logs when it has none, "always"
+            demands one, "never" gives the model the plain text with the tokenizer's own special tokens (what a base
+            model expects).
+        chat_template_kwargs: variables for the template, e.g. ``{"enable_thinking": false}`` for Qwen3.
+
+    Raises:
+        ValueError: the options contradict each other or the tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str = "",
+        system_prompt: str | None = None,
+        chat_template: ChatTemplate = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        has_template = bool(tokenizer.chat_template)
+        self.uses_template = chat_template == "always" or (chat_template == "auto" and has_template)
+        problems = []
+        if chat_template == "always" and not has_template:
+            problems.append(
+                "chat_template is 'always', but the tokenizer has none; use 'auto' or a tokenizer with a chat template"
+            )
+        if not self.uses_template:
+            for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs)):
+                if value:
+                    problems.append(
+                        f"{name} is {value!r}, but no chat template is applied; remove it, or write it into the "
+                        "instruction"
+                    )
+        if problems:
+            raise ValueError("bad prompt format: " + "; ".join(problems))
+        if chat_template == "auto" and not has_template:
+            _log.info("the tokenizer has no chat template: prompts are given to the policy as plain text")
+        self._tokenizer = tokenizer
+        self._instruction = instruction
+        self._system_prompt = system_prompt
+        self._template_kwargs = dict(chat_template_kwargs or {})
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text the policy sees for a conversation that ends with the user.
+
+        Raises:
+            ValueError: a conversation of several messages without a chat template.
+        """
+        conversation = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._instruction}]
+        if not self.uses_template:
+            if len(conversation) > 1:
+                raise ValueError(
+                    f"a conversation of {len(conversation)} messages needs a chat template, and none is applied; use a "
+                    "tokenizer that has one, or prompts of plain text"
+                )
+            return conversation[0]["content"]
+        if self._system_prompt is not None and conversation[0]["role"] != "system":
+            conversation.insert(0, {"role": "system", "content": self._system_prompt})
+        return str(
+            self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **self._template_kwargs
+            )
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts. A chat template writes its own special tokens, so none are added to it."""
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=not self.uses_template, return_attention_mask=False, verbose=False
+        )
+        return [list(ids) for ids in encoded["input_ids"]]

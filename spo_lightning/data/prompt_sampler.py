@@ -1,0 +1,64 @@
+"""Which prompts come next (SPO §4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_lightning.algorithms import PromptWeights, draw_prompts
+
+
+class PrioritizedBatchSampler:
+    """Draws one batch of prompt indices after the other, from a random generator of its own.
+
+    Prompts within a batch are distinct, as long as the data set has enough; each comes ``completions_per_prompt``
+    times in a row (SPO appendix B; GRPO's groups). With the same seed and the same values every rank draws the same
+    batch.
+
+    Args:
+        weights: from tracker values to sampling weights (SPO eq. 11).
+        batch_size: completions of one batch, B.
+        completions_per_prompt: copies of each prompt; divides ``batch_size``.
+        seed: of the generator.
+
+    Raises:
+        ValueError: ``batch_size`` is not a positive multiple of ``completions_per_prompt``.
+    """
+
+    def __init__(self, weights: PromptWeights, batch_size: int, completions_per_prompt: int = 1, seed: int = 0) -> None:
+        if batch_size < 1 or completions_per_prompt < 1 or batch_size % completions_per_prompt:
+            raise ValueError(
+                f"batch_size is {batch_size} and completions_per_prompt {completions_per_prompt}; batch_size must be a "
+                "positive multiple of completions_per_prompt: change one of them"
+            )
+        self.iteration = 0
+        """Batches drawn so far."""
+        self._weights = weights
+        self._num_distinct = batch_size // completions_per_prompt
+        self._copies = completions_per_prompt
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, value: Tensor) -> Tensor:
+        """Draw the next batch.
+
+        Args:
+            value: (M,) float64, the tracker's value of every prompt.
+
+        Returns:
+            (B,) int64 prompt indices.
+        """
+        distinct = draw_prompts(self._weights(value), self._num_distinct, self._generator)
+        self.iteration += 1
+        return distinct.repeat_interleave(self._copies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator state (uint8 tensor) and number of batches drawn."""
+        return {"generator": self._generator.get_state(), "iteration": self.iteration}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the stream of batches where ``state_dict`` was taken."""
+        self._generator.set_state(state["generator"].cpu())
+        self.iteration = state["iteration"]

@@ -1,0 +1,98 @@
+"""The loop that data go round: draw a batch, take its outcome, and all of it in one state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spo_lightning.algorithms import ValueTracker
+from spo_lightning.data.completion_history import CompletionHistory
+from spo_lightning.data.prompt_dataset import PromptDataset
+from spo_lightning.data.prompt_sampler import PrioritizedBatchSampler
+from spo_lightning.types import Outcome, PromptBatch
+
+
+class TrainingStream:
+    """Training batches whose baselines are frozen when they are drawn, and what their outcomes teach.
+
+    Draw the next batch only after ``observe`` of the one before. A stream restored from ``state_dict`` goes on
+    exactly as the one it was taken from.
+
+    Args:
+        dataset: M prompts.
+        tracker: their values; gives weights and baselines.
+        sampler: draws.
+    """
+
+    def __init__(self, dataset: PromptDataset, tracker: ValueTracker, sampler: PrioritizedBatchSampler) -> None:
+        self.dataset = dataset
+        self.tracker = tracker
+        self.sampler = sampler
+        self.history = CompletionHistory(len(dataset))
+
+    @property
+    def iteration(self) -> int:
+        """Number of the next batch."""
+        return self.sampler.iteration
+
+    def draw(self) -> PromptBatch:
+        """Draw the next batch from the tracker as it stands (SPO eq. 8, 11)."""
+        iteration = self.sampler.iteration
+        index = self.sampler.draw(self.tracker.value)
+        positions = index.tolist()
+        return PromptBatch(
+            iteration=iteration,
+            prompts=tuple(self.dataset[position] for position in positions),
+            baseline=self.tracker.baseline(index),
+            previous=tuple(self.history.get(position) for position in positions),
+        )
+
+    def observe(self, outcome: Outcome) -> dict[str, float]:
+        """Let the outcome of one batch enter tracker and history (SPO eq. 5).
+
+        Of a prompt that occurs more than once, the last completion is kept.
+
+        Returns:
+            Metrics ``tracker/...`` over all prompts; those over the batch are absent when no completion was decided.
+        """
+        factor = self.tracker.update(outcome.index, outcome.reward, outcome.drift)
+        for index, stored in zip(outcome.index.tolist(), outcome.completions, strict=True):
+            self.history.put(index, stored)
+        value = self.tracker.value
+        metrics = {
+            "tracker/value_mean": value.mean().item(),
+            "tracker/value_std": value.std(correction=0).item(),
+            "tracker/effective_count_mean": self.tracker.effective_count.mean().item(),
+            "tracker/visited_fraction": len(self.history) / len(self.dataset),
+        }
+        if len(outcome.index):
+            metrics["tracker/forgetting_factor_mean"] = factor.mean().item()
+            metrics["tracker/drift_mean"] = outcome.drift.mean().item()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tracker, history and sampler, as tensors and primitives, with the data set's fingerprint."""
+        return {
+            "fingerprint": self.dataset.fingerprint,
+            "num_prompts": len(self.dataset),
+            "tracker": self.tracker.state_dict(),
+            "history": self.history.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: the state belongs to another data set; nothing is changed then.
+        """
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise ValueError(
+                f"the checkpoint was made with other training prompts ({state['num_prompts']}, fingerprint "
+                f"{state['fingerprint']}) than these ({len(self.dataset)}, fingerprint {self.dataset.fingerprint}); "
+                "resume with the same rows in the same order, the same columns and max_prompt_tokens, or start a new "
+                "run"
+            )
+        self.tracker.load_state_dict(state["tracker"])
+        self.history.load_state_dict(state["history"])
+        self.sampler.load_state_dict(state["sampler"])
