@@ -1,0 +1,67 @@
+"""What an engine refuses before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+from spo_lightning.types import RolloutRequest
+
+
+def length_limit(positions: int, asked: int | None) -> int:
+    """Most tokens of prompt and completion together.
+
+    Args:
+        positions: positions of the model's configuration.
+        asked: the limit asked for; ``None`` takes ``positions``.
+
+    Raises:
+        ValueError: the limit leaves no room for a prompt and a token, or exceeds the model's positions.
+    """
+    if asked is None:
+        return positions
+    if not 2 <= asked <= positions:
+        raise ValueError(
+            f"max_model_len is {asked}; it must be at least 2 and at most the {positions} positions of the model's "
+            "configuration"
+        )
+    return asked
+
+
+def check_requests(
+    requests: Sequence[RolloutRequest], open_ids: Container[int], max_model_len: int, num_embeddings: int
+) -> None:
+    """Check requests against the engine's open ones and the model's limits.
+
+    Args:
+        requests: about to be queued.
+        open_ids: ids of the open requests.
+        max_model_len: most tokens of prompt and completion together.
+        num_embeddings: tokens that the model has embeddings for.
+
+    Raises:
+        ValueError: an id is open already or comes twice, a prompt is empty, holds an unknown token or leaves no room
+            for a sampled one, or a seed is negative; lists every problem.
+    """
+    problems = []
+    seen: set[int] = set()
+    for request in requests:
+        name, prompt = f"request {request.request_id}", request.prompt_token_ids
+        if request.request_id in seen or request.request_id in open_ids:
+            problems.append(f"{name} is open already or comes twice; give every open request an id of its own")
+        seen.add(request.request_id)
+        if not prompt:
+            problems.append(f"{name} has an empty prompt; give at least one token")
+        elif not 0 <= min(prompt) <= max(prompt) < num_embeddings:
+            problems.append(
+                f"{name} has token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {num_embeddings - 1}; "
+                "use the policy's own tokenizer"
+            )
+        if len(prompt) + 1 > max_model_len:
+            problems.append(
+                f"{name} has {len(prompt)} prompt tokens; with one sampled token that passes the model length "
+                f"{max_model_len}, so shorten the prompt or raise max_model_len"
+            )
+        if request.seed is not None and request.seed < 0:
+            problems.append(f"{name} has seed {request.seed}; it must be 0 or more")
+    if problems:
+        raise ValueError("requests refused, none was queued: " + "; ".join(problems))

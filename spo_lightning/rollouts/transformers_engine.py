@@ -1,0 +1,257 @@
+"""Rollout engine on plain Transformers: continuous batching on any device, no further dependency.
+
+The running batch is left-padded over one key-value cache. A row that finishes leaves it at once; queued rows are put in
+when a part of it is free, several together, since every join copies the cache. Transformers is imported in ``start``,
+so that naming this class in a configuration costs nothing. Caches live in inference mode; the weights are kept out of
+it, so that an engine started within it still takes weights outside of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spo_lightning.protocols import EngineContext, RolloutEngine
+from spo_lightning.rollouts.open_request import OpenRequest
+from spo_lightning.rollouts.request_checks import check_requests, length_limit
+from spo_lightning.rollouts.weights import copy_parameters
+from spo_lightning.types import Completion, RolloutRequest
+
+if TYPE_CHECKING:
+    from spo_lightning.rollouts.running_batch import RunningBatch
+
+REFILL_FRACTION = 0.25  # part of the batch that must be free before queued rows join
+
+
+class TransformersEngine(RolloutEngine):
+    """Generates completions with its own copy of the policy in ``transformers``; implements ``RolloutEngine``.
+
+    A request with a seed gets the same completion alone, in any batch, and over interruptions (``sleep``), up to
+    rounding of the logits: batches of different shapes round differently, which changes a token when its uniform number
+    falls within that rounding of a boundary. Until the first push the model holds the weights of
+    ``EngineContext.model_path`` as version 0.
+
+    Args:
+        max_batch_size: most rows generated together. Bounds the memory of the key-value cache together with their
+            lengths.
+        seed: of the stream that seeds requests which bring no seed.
+        attn_implementation: attention of the engine's model: "sdpa", "eager", or another that ``transformers`` knows
+            and that takes a padding mask.
+        max_prefill_tokens: most tokens, padding included, in one forward pass over prompts. Bounds its activation
+            memory.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int = 128,
+        seed: int = 0,
+        attn_implementation: str = "sdpa",
+        max_prefill_tokens: int = 16384,
+    ) -> None:
+        problems = []
+        if max_batch_size < 1:
+            problems.append(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        if not 0 <= seed < 2**63:
+            problems.append(f"seed is {seed}; it must be in [0, 2**63)")
+        if max_prefill_tokens < 1:
+            problems.append(f"max_prefill_tokens is {max_prefill_tokens}; it must be at least 1")
+        if problems:
+            raise ValueError("bad TransformersEngine settings: " + "; ".join(problems))
+        self.max_batch_size = max_batch_size
+        self.attn_implementation = attn_implementation
+        self.max_prefill_tokens = max_prefill_tokens
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._batch: RunningBatch | None = None
+        self._queue: deque[OpenRequest] = deque()
+        self._open: dict[int, OpenRequest] = {}
+        self._version = 0
+        self._weights_fit = True
+        self._asleep = False
+
+    @torch.inference_mode(False)
+    def start(self, context: EngineContext) -> None:
+        """Load the model.
+
+        Raises:
+            RuntimeError: the engine was started before.
+            ValueError: the dtype is unknown, the length limit exceeds the model's, or the model's cache is not plain
+                full attention.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from spo_lightning.rollouts.kv_cache import require_full_attention
+        from spo_lightning.rollouts.running_batch import RunningBatch
+
+        if self._batch is not None:
+            raise RuntimeError("the engine is started already; start it once, or close() it first")
+        dtype = getattr(torch, context.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {context.dtype!r}; it must name a torch dtype, such as 'float32' or 'bfloat16'")
+        model = AutoModelForCausalLM.from_pretrained(
+            context.model_path, dtype=dtype, attn_implementation=self.attn_implementation
+        )
+        require_full_attention(model)
+        self._max_model_len = length_limit(model.config.max_position_embeddings, context.max_model_len)
+        self._model = model.to(context.device).eval().requires_grad_(False)
+        self._device = torch.device(context.device)
+        self._tokenizer = context.tokenizer
+        self._eos_token_ids = frozenset(context.eos_token_ids)
+        self._embedded_tokens = int(model.get_input_embeddings().num_embeddings)
+        known_tokens = max(context.tokenizer.get_vocab().values()) + 1
+        self._batch = RunningBatch(self._model, known_tokens, self.max_prefill_tokens)
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Queue requests; nothing is computed before ``step``.
+
+        Raises:
+            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
+                leaves no room for a token, or a seed is negative; lists every problem. Nothing is queued then.
+        """
+        self._started()
+        check_requests(requests, self._open, self._max_model_len, self._embedded_tokens)
+        for request in requests:
+            seed = request.seed
+            if seed is None:
+                seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
+            room = self._max_model_len - len(request.prompt_token_ids)
+            row = OpenRequest(request, seed, min(request.sampling.max_tokens, room), self._tokenizer)
+            self._open[request.request_id] = row
+            self._queue.append(row)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Put queued rows in where there is room, then sample one token for every running row.
+
+        Raises:
+            RuntimeError: the engine is asleep, the last weight push failed, or the logits are not finite.
+        """
+        batch = self._started()
+        if self._asleep:
+            raise RuntimeError("the engine is asleep; call wake_up() before step()")
+        if not self._weights_fit:
+            raise RuntimeError("the engine's weights are unusable; call update_weights() with a full set, then step()")
+        self._refill(batch)
+        if not batch.rows:
+            return []
+        tokens, logprobs = batch.advance()
+        if not all(map(math.isfinite, logprobs)):
+            self._weights_fit = False
+            raise RuntimeError(
+                f"the logits under policy version {self._version} are not finite, so nothing can be sampled; look at "
+                "the last update for a diverged loss or an overflow of the dtype, and push finite weights to go on"
+            )
+        return self._take_finished(batch, tokens, logprobs)
+
+    @torch.inference_mode()
+    def abort(self, request_ids: Iterable[int]) -> list[Completion]:
+        """Stop open requests and return, in the order given, what they have so far.
+
+        Raises:
+            KeyError: an id is not open; nothing is stopped then.
+        """
+        batch = self._started()
+        ids = list(dict.fromkeys(request_ids))
+        unknown = [i for i in ids if i not in self._open]
+        if unknown:
+            raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
+        aborted = {id(row): row for row in (self._open.pop(i) for i in ids)}
+        running = [i for i, row in enumerate(batch.rows) if id(row) in aborted]
+        if running:
+            batch.remove(running)
+        self._queue = deque(row for row in self._queue if id(row) not in aborted)
+        return [row.completion("aborted") for row in aborted.values()]
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and neither returned nor aborted."""
+        return len(self._open)
+
+    @torch.inference_mode(False)
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy new weights in. Open requests keep their tokens and go on under the new weights.
+
+        Args:
+            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            version: recorded with every token that these weights sample.
+
+        Raises:
+            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
+        """
+        batch = self._started()
+        self._weights_fit = False
+        self._requeue(batch)
+        copy_parameters(self._model, named_parameters)
+        self._version = version
+        self._weights_fit = True
+
+    @torch.inference_mode(False)
+    def sleep(self) -> None:
+        """Drop the key-value cache and move the weights to the host. Open requests stay open."""
+        self._requeue(self._started())
+        self._model.to("cpu")
+        self._asleep = True
+
+    @torch.inference_mode(False)
+    def wake_up(self) -> None:
+        """Bring the weights back; the next ``step`` computes the open requests' caches anew."""
+        self._started()
+        self._model.to(self._device)
+        self._asleep = False
+
+    def close(self) -> None:
+        """Drop the model, the cache and all open requests. The engine can be started again."""
+        if self._batch is not None:
+            self._batch = None
+            del self._model
+        self._queue.clear()
+        self._open.clear()
+        self._version, self._weights_fit, self._asleep = 0, True, False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State of the stream that seeds requests: ``seeds``, (S,) uint8.
+
+        Raises:
+            RuntimeError: requests are open; they are not part of the state.
+        """
+        if self._open:
+            raise RuntimeError(
+                f"{self.num_open} requests are open and would be lost; step() or abort() them before saving"
+            )
+        return {"seeds": self._seeds.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self._seeds.set_state(state["seeds"])
+
+    def _started(self) -> RunningBatch:
+        if self._batch is None:
+            raise RuntimeError("the engine is not started; call start() first")
+        return self._batch
+
+    def _refill(self, batch: RunningBatch) -> None:
+        """Move queued rows into the batch when enough of it is free, or nothing runs."""
+        free = self.max_batch_size - len(batch.rows)
+        if self._queue and (not batch.rows or free >= max(1, REFILL_FRACTION * self.max_batch_size)):
+            batch.admit([self._queue.popleft() for _ in range(min(free, len(self._queue)))])
+
+    def _requeue(self, batch: RunningBatch) -> None:
+        """Put the running rows back at the head of the queue, in order, and drop their cache."""
+        self._queue.extendleft(reversed(batch.clear()))
+
+    def _take_finished(self, batch: RunningBatch, tokens: list[int], logprobs: list[float]) -> list[Completion]:
+        finished = []
+        completions = []
+        for i, (row, token, logprob) in enumerate(zip(batch.rows, tokens, logprobs, strict=True)):
+            reason = row.append(token, logprob, self._version, self._eos_token_ids)
+            if reason is not None:
+                finished.append(i)
+                completions.append(row.completion(reason))
+                del self._open[row.request.request_id]
+        if finished:
+            batch.remove(finished)
+        return completions

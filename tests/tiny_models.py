@@ -1,0 +1,94 @@
+"""Tiny random models and tokenizers, written to disk so that tests load them as a user would load real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHARACTERS = "0123456789+-*/=() abcdefghijklmnopqrstuvwxyz?.\n"
+PAD, EOS = "<pad>", "<eos>"
+
+
+def make_char_tokenizer(folder: Path | None = None, characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token a character; ``<pad>`` is 0 and ``<eos>`` is 1. Saved to ``folder`` when one is given."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a UTF-8 byte (a character beyond ASCII takes several), with ``<eos>`` as the last id."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+def make_model(
+    folder: Path | None = None,
+    architecture: str = "qwen3",
+    tied: bool = True,
+    vocab_size: int = len(CHARACTERS) + 2,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    max_positions: int = 256,
+    spread: float = 0.15,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A float32 model with random weights in eval mode, saved to ``folder`` when one is given.
+
+    Args:
+        folder: where to save.
+        architecture: "qwen3" or "llama".
+        tied: whether the output projection is the embedding.
+        vocab_size: may exceed the tokenizer's, as padded vocabularies do.
+        hidden_size: width of the residual stream; heads have ``hidden_size / num_heads`` channels.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        max_positions: longest sequence.
+        spread: standard deviation of the weights; the larger, the more peaked the next-token distribution.
+        seed: of the weights.
+    """
+    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config_class, model_class = classes[architecture]
+    config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tied,
+        initializer_range=spread,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).eval()
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
