@@ -1,0 +1,73 @@
+"""Any function as a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from numbers import Real
+from typing import Any
+
+from spo_lightning.protocols import Reward
+from spo_lightning.rewards.extraction import last_boxed
+from spo_lightning.types import Grade
+
+
+class FunctionReward(Reward):
+    r"""The reward that a function returns for (completion, reference, prompt).
+
+    The function runs in this process, without a time limit. It returns a finite number, or ``None`` for a completion
+    that it cannot decide, which then teaches nothing (``Grade.cause`` "undecided"). What it raises is not caught: an
+    error in a reward must not pass for hard data. The answer recorded is the content of the last ``\boxed{...}``.
+
+    Args:
+        function: the function, or where to import it from, ``"package.module:name"``.
+
+    Raises:
+        ValueError: the import string has no colon, or names nothing.
+        TypeError: what it names cannot be called.
+    """
+
+    def __init__(self, function: Callable[[str, str, str], float | None] | str) -> None:
+        self.function = _load(function) if isinstance(function, str) else function
+        self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
+        if not callable(self.function):
+            raise TypeError(f"{self.name} is {self.function!r}; a reward function must be callable")
+
+    def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
+        """One grade a completion, in order.
+
+        Raises:
+            TypeError: the function returned something other than a number or ``None``.
+            ValueError: it returned a number that is not finite, or the three sequences differ in length.
+        """
+        return [self._grade(*row) for row in zip(completions, references, prompts, strict=True)]
+
+    def _grade(self, completion: str, reference: str, prompt: str) -> Grade:
+        value = self.function(completion, reference, prompt)
+        answer = last_boxed(completion)
+        if value is None:
+            return Grade(None, answer, "undecided")
+        if not isinstance(value, Real):
+            raise TypeError(
+                f"reward function {self.name} returned {value!r} of type {type(value).__name__}; "
+                "it must return a number, or None for a completion it cannot decide"
+            )
+        if not math.isfinite(value):
+            raise ValueError(
+                f"reward function {self.name} returned {value!r}; a reward must be finite: "
+                "return None for a completion it cannot decide"
+            )
+        return Grade(float(value), answer)
+
+
+def _load(path: str) -> Any:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"function is {path!r}; name it as 'package.module:function'")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"function is {path!r}, which cannot be imported: {error}; is its folder on PYTHONPATH?"
+        ) from error
