@@ -1,0 +1,28 @@
+"""Exports the policy as a Hugging Face folder when training ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from spo_lightning.module import SPOModule
+
+
+class ExportPolicy(Callback):
+    """Writes the trained policy where ``AutoModelForCausalLM.from_pretrained`` finds it.
+
+    Args:
+        at_end: export when training ends.
+        dirpath: where; ``None`` takes ``policy`` under ``trainer.default_root_dir``.
+    """
+
+    def __init__(self, at_end: bool = True, dirpath: str | None = None) -> None:
+        self.at_end = at_end
+        self.dirpath = dirpath
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export on rank zero."""
+        if self.at_end and trainer.is_global_zero:
+            cast(SPOModule, pl_module).export(self.dirpath or Path(trainer.default_root_dir) / "policy")

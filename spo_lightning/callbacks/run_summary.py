@@ -1,0 +1,116 @@
+"""What a run leaves behind, and what it cost, printed when training ends or is interrupted."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+
+from spo_lightning.callbacks.checkpoint import IterationCheckpoint
+from spo_lightning.logger import SPOMLFlowLogger
+from spo_lightning.stages import StageTimer
+from spo_lightning.types import PromptBatch
+
+# Without the variable the server starts seven job workers, which serve other uses of MLflow and outlive it.
+UI_COMMAND = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1 --backend-store-uri"
+
+
+class RunSummary(Callback):
+    """Prints where checkpoint, exported policy and MLflow run are, and seconds per 1,000 completions by stage.
+
+    Counts and times are those of this process: a resumed run starts from zero.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._stage_seconds: dict[str, float] = defaultdict(float)
+        self._seconds = 0.0
+        self._begin = 0.0
+        self._iterations: list[int] = []
+        self._completions = self._undecided = 0
+        self._reward_means: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Add up the iteration."""
+        self._seconds += time.perf_counter() - self._begin
+        for stage, seconds in cast(StageTimer, pl_module.stages).seconds.items():
+            self._stage_seconds[stage] += seconds
+        rewards = [record.reward for record in outputs["records"]]
+        decided = [reward for reward in rewards if reward is not None]
+        self._iterations.append(batch.iteration)
+        self._completions += len(rewards)
+        self._undecided += len(rewards) - len(decided)
+        if decided:
+            self._reward_means.append(sum(decided) / len(decided))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print at the end of a fit."""
+        if stage == "fit":
+            self._print(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Print when the fit is interrupted or fails; the error itself follows."""
+        self._print(trainer, pl_module, f"stopped by {type(exception).__name__}")
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
+        if not self._iterations or not trainer.is_global_zero:
+            return
+        rows = [*self._cost(), *_places(trainer, pl_module)]
+        first, last = self._iterations[0] + 1, self._iterations[-1] + 1
+        print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
+        print("\n".join(f"  {name:<16} {text}" for name, text in rows), flush=True)
+        self._reset()  # an exception during teardown must not print again
+
+    def _cost(self) -> Iterator[tuple[str, str]]:
+        if self._reward_means:
+            yield "reward mean", f"{self._reward_means[0]:.3f} first iteration, {self._reward_means[-1]:.3f} last"
+        yield "completions", f"{self._completions:,}, of which {self._undecided:,} undecided by the grader"
+        other = max(self._seconds - sum(self._stage_seconds.values()), 0.0)
+        shares = {**self._stage_seconds, "other": other}
+        split = ", ".join(f"{stage} {seconds / self._seconds:.0%}" for stage, seconds in shares.items())
+        yield "time", f"{1000 * self._seconds / self._completions:.1f} s per 1,000 completions: {split}"
+
+
+def _places(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, str]]:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint | IterationCheckpoint) and callback.last_model_path:
+            yield "checkpoint", callback.last_model_path
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            yield "best checkpoint", callback.best_model_path
+    exported = getattr(pl_module, "exported_path", None)
+    if exported is not None:
+        yield "exported policy", str(exported)
+    for logger in trainer.loggers:
+        if isinstance(logger, SPOMLFlowLogger):
+            yield from _mlflow_places(logger)
+        elif not isinstance(logger, MLFlowLogger) and logger.save_dir is not None:
+            yield "log", f"{type(logger).__name__} in {logger.save_dir}"
+
+
+def _mlflow_places(logger: SPOMLFlowLogger) -> Iterator[tuple[str, str]]:
+    yield "MLflow run", f"{logger.run_id or 'not opened, the server was never reached'} at {logger.tracking_uri}"
+    server = logger.tracking_uri
+    if not server.startswith("http"):
+        yield "start the UI by", f"{UI_COMMAND} {shlex.quote(server)}"
+        server = "http://127.0.0.1:5000"
+    if logger.run_id is not None:
+        page = f"experiments/{logger.experiment_id}/runs/{logger.run_id}?workflowType=machine_learning"
+        yield "see the run at", f"{server}/#/{page}"
+    if logger.unsent_folder is not None:
+        yield "not sent yet", str(logger.unsent_folder)

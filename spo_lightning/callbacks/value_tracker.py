@@ -1,0 +1,41 @@
+"""Feeds each iteration's outcome to the value tracker, between two draws."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm.auto import tqdm
+
+from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.data.value_start import DrawValues, StartValues
+from spo_lightning.module import SPOModule
+from spo_lightning.types import PromptBatch
+
+
+class ValueTrackerCallback(Callback):
+    """Carries ``Outcome`` from the module to the data module's tracker and history.
+
+    Runs before any checkpoint callback, so that a checkpoint holds the tracker that draws the next batch.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the tracker's start values with the initial policy, when the data module asks for it (Algorithm 2)."""
+        data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        if not data.needs_drawn_start:
+            return
+        module = cast(SPOModule, pl_module)
+        batches = data.estimate_batches(cast(DrawValues, data.value_start).num_samples)
+        rows = []
+        for batch in tqdm(batches, desc="drawing start values", disable=None):
+            values = module.estimate_values(batch)
+            rows += [(prompt.index, row.n, row.reward_sum) for prompt, row in zip(batch.prompts, values, strict=True)]
+        data.initialize_values(StartValues.from_rows(rows, len(data.dataset)))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Update tracker and history; log what the tracker did."""
+        data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        metrics = data.observe(outputs["outcome"])
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False)

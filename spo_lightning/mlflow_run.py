@@ -1,0 +1,238 @@
+"""One MLflow run, opened when it can be: records in, requests out, and two kinds of failure (away, refused)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import requests
+
+from spo_lightning.outbox import Record, RequestRefused, ServerAway, remove_if_empty
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger(__name__)
+
+MAX_PARAMS_PER_REQUEST = 100
+MAX_NAME_LENGTH, MAX_VALUE_LENGTH = 250, 6000  # of parameters
+TABLES_TAG = "mlflow.loggedArtifacts"  # the UI shows the files listed in this tag as tables
+MAX_LISTED_TABLES = 80  # a tag holds 8,000 characters; MLflow cuts a longer one in the middle of its JSON
+RETRY_STATUS = (408, 429)  # answers that say "later" although they are in the 400s
+
+
+@dataclass
+class MlflowRun:
+    """A run that is made, or found again, by the first request that gets through.
+
+    Attributes:
+        tracking_uri: tracking server or data base.
+        experiment_name: experiment of a new run.
+        artifact_location: where a new experiment keeps artifacts; ``None`` leaves it to the server.
+        run_name: name of a new run.
+        tags: tags of a new run.
+        run_id: run to go on with; ``None`` makes a new one.
+        may_be_missing: a ``run_id`` that the server does not know is replaced by a new run, with a warning.
+        num_resumes: how many processes have gone on with this run before and including this one.
+        staging: folder that holds the files named by artifact records.
+        on_open: called once the run is open.
+    """
+
+    tracking_uri: str
+    experiment_name: str
+    artifact_location: str | None
+    run_name: str | None
+    tags: dict[str, str]
+    run_id: str | None
+    may_be_missing: bool
+    num_resumes: int
+    staging: Path
+    on_open: Callable[[], None]
+    experiment_id: str | None = None
+    is_open: bool = False
+    _tables: list[dict[str, str]] = field(default_factory=list)
+    _start_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The MLflow client. Making it opens a data base, and creates the tables of a new one."""
+        from mlflow import MlflowClient, set_tracking_uri
+
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        set_tracking_uri(self.tracking_uri)  # artifact stores look it up
+        return MlflowClient(self.tracking_uri)
+
+    def open(self) -> None:
+        """Make the run, or find it and set it to running. Raises ServerAway or RequestRefused."""
+        if self.is_open:
+            return
+        with translated_errors():
+            run = self._find() if self.run_id else None
+            if run is None:
+                run = self._create()
+            self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+            self._tables = json.loads(run.data.tags.get(TABLES_TAG, "[]"))
+        self.is_open = True
+        self.on_open()
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Send metric records as one request, or a single record of another kind; raises as ``open`` does."""
+        self.open()
+        record = records[0]
+        with translated_errors():
+            if "metrics" in record:
+                self._send_metrics(records)
+            elif "params" in record:
+                self._send_params(record["params"])
+            elif "tags" in record:
+                self._send_tags(record["tags"])
+            elif "artifact" in record:
+                self._send_artifact(record["artifact"])
+            elif "table" in record:
+                self._list_table(record["table"])
+            elif record["timestamp"] >= self._start_ms:  # an end kept by an earlier process is over: the run goes on
+                self.client.set_terminated(self.run_id, record["status"], end_time=record["timestamp"])
+
+    def _find(self) -> Run | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self.client.get_run(self.run_id)
+            state = run.info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            state = "unknown"
+        if state == "active":
+            self.client.update_run(self.run_id, status="RUNNING")
+            return run
+        problem = f"run {self.run_id} is {state} at {public_uri(self.tracking_uri)}"
+        if not self.may_be_missing:
+            raise RequestRefused(f"{problem}; it must exist and not be deleted; correct or leave out run_id")
+        log.warning("%s; a new run is made", problem)
+        self.num_resumes = 0
+        return None
+
+    def _create(self) -> Run:
+        experiment = self.client.get_experiment_by_name(self.experiment_name)
+        if experiment is None:
+            experiment_id = self.client.create_experiment(self.experiment_name, self.artifact_location)
+        elif experiment.lifecycle_stage == "deleted":
+            raise RequestRefused(
+                f"experiment {self.experiment_name!r} is deleted, and MLflow keeps its name; restore it "
+                f"(`mlflow experiments restore -x {experiment.experiment_id}`) or choose another experiment_name"
+            )
+        else:
+            experiment_id = experiment.experiment_id
+        return self.client.create_run(experiment_id, tags=self.tags, run_name=self.run_name)
+
+    def _send_metrics(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, record["timestamp"], record["step"])
+            for record in records
+            for name, value in record["metrics"].items()
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def _send_params(self, values: Mapping[str, str]) -> None:
+        """MLflow refuses to change a parameter, so a changed one goes to ``resume_N/name``."""
+        from mlflow.entities import Param
+
+        logged = self.client.get_run(self.run_id).data.params
+        prefix = f"resume_{self.num_resumes}"
+        new = {name: value for name, value in values.items() if name not in logged}
+        changed = {name: value for name, value in values.items() if logged.get(name, value) != value}
+        if changed:
+            log.warning("changed since the run began, logged under %s/: %s", prefix, ", ".join(sorted(changed)))
+            new |= {f"{prefix}/{name}": value for name, value in changed.items()}
+        params = [Param(name, value) for name, value in new.items()]
+        for start in range(0, len(params), MAX_PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS_PER_REQUEST])
+
+    def _send_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _send_artifact(self, artifact_file: str) -> None:
+        local = self.staging / artifact_file
+        folder = Path(artifact_file).parent
+        self.client.log_artifact(self.run_id, str(local), None if folder == Path() else folder.as_posix())
+        local.unlink()
+        for parent in Path(artifact_file).parents:
+            remove_if_empty(self.staging / parent)
+
+    def _list_table(self, artifact_file: str) -> None:
+        entry = {"path": artifact_file, "type": "table"}
+        if entry not in self._tables:
+            self._tables = [*self._tables, entry][-MAX_LISTED_TABLES:]
+            self.client.set_tag(self.run_id, TABLES_TAG, json.dumps(self._tables))
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn what MLflow and its HTTP client raise into ServerAway or RequestRefused."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise _translated(error.get_http_status_code(), error) from error
+    except requests.HTTPError as error:
+        raise _translated(500 if error.response is None else error.response.status_code, error) from error
+    except (requests.RequestException, ConnectionError, TimeoutError) as error:
+        raise ServerAway(_first_line(error)) from error
+    except OSError as error:  # an artifact folder that cannot be written
+        raise RequestRefused(_first_line(error)) from error
+
+
+def _translated(status: int, error: Exception) -> ServerAway | RequestRefused:
+    if 400 <= status < 500 and status not in RETRY_STATUS:
+        return RequestRefused(_first_line(error))
+    return ServerAway(_first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0][:300] or type(error).__name__
+
+
+def public_uri(uri: str) -> str:
+    """``uri`` without user name and password."""
+    parts = urlsplit(uri)
+    if parts.username is None and parts.password is None:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def flatten(value: Any, name: str = "") -> dict[str, str]:
+    """Leaves of nested mappings and namespaces, and of lists that hold such, named by their path: ``outer/0/inner``."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | Namespace) for item in value):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        leaves = (flatten(item, f"{name}/{key}" if name else str(key)) for key, item in value.items())
+        return {path: text for leaf in leaves for path, text in leaf.items()}
+    text = str(value)
+    if len(text) > MAX_VALUE_LENGTH:
+        text = text[: MAX_VALUE_LENGTH - 1] + "…"
+    return {clean_name(name)[:MAX_NAME_LENGTH]: text}
+
+
+def clean_name(name: str) -> str:
+    """``name`` without the characters that MLflow does not allow in names, such as "@"."""
+    return re.sub(r"[^\w/.\-: ]", "", name)

@@ -1,0 +1,403 @@
+"""The LightningModule: one training step is one SPO iteration (Algorithm 1)."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from spo_lightning.algorithms import (
+    AdvantageEstimator,
+    DriftEstimator,
+    MeanAbsLogRatio,
+    PolicyLoss,
+    PPOClipLoss,
+    TrajectoryNormalized,
+    truncate_completion,
+)
+from spo_lightning.data.prompt_dataset import PromptDataset
+from spo_lightning.data.value_start import ValueRow
+from spo_lightning.evaluation import BenchmarkEvaluator
+from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
+from spo_lightning.iteration_metrics import completion_records, learning_metrics, rollout_metrics, timing_metrics
+from spo_lightning.learner import MicroBatching, accumulate_gradient, score
+from spo_lightning.nonfinite import NonFiniteGuard
+from spo_lightning.policy import PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
+from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
+from spo_lightning.rollouts.collector import Rollout, RolloutCollector
+from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
+from spo_lightning.stages import StageTimer
+from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
+
+
+class SPOModule(LightningModule):
+    """Trains a policy by Single-stream Policy Optimization.
+
+    Args:
+        policy: the language model.
+        reward: grades completions.
+        engine: generates completions; ``None`` takes a ``TransformersEngine``.
+        sampling: how training completions are sampled.
+        eval_sampling: how benchmark completions are sampled; the defaults are the paper's.
+        advantage: turns rewards and baselines into advantages (SPO eq. 9).
+        loss: the surrogate (SPO eq. 10).
+        drift: estimates D(x) for the tracker (SPO §4.1).
+        drift_max_tokens: leading sampled tokens of a prompt's last completion that are kept to measure its drift.
+        optimizer: any torch optimizer.
+        lr_scheduler: any torch schedule by steps; stepped once per optimiser step.
+        num_minibatches: optimiser steps per rollout batch (the paper takes 8).
+        micro_batch_tokens: most tokens, padding included, of one forward and backward pass.
+        max_grad_norm: gradients are clipped to this norm; ``None`` leaves them.
+        max_skipped_steps: training stops after so many optimiser steps in a row with a loss or gradient not finite.
+        seed: of rollouts and mini-batches.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        reward: Reward,
+        engine: RolloutEngine | None = None,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        eval_sampling: SamplingParams = SamplingParams(32768, 0.6, 0.95, 20),  # noqa: B008 (frozen)
+        advantage: AdvantageEstimator = lazy_instance(TrajectoryNormalized),  # noqa: B008 (stateless, as the next two)
+        loss: PolicyLoss = lazy_instance(PPOClipLoss),  # noqa: B008
+        drift: DriftEstimator = lazy_instance(MeanAbsLogRatio),  # noqa: B008
+        drift_max_tokens: int = 512,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        num_minibatches: int = 8,
+        micro_batch_tokens: int = 16384,
+        max_grad_norm: float | None = 1.0,
+        max_skipped_steps: int = 5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        counts = {
+            "drift_max_tokens": drift_max_tokens,
+            "num_minibatches": num_minibatches,
+            "micro_batch_tokens": micro_batch_tokens,
+            "max_skipped_steps": max_skipped_steps,
+        }
+        problems = [f"{name} is {value}; it must be at least 1" for name, value in counts.items() if value < 1]
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            problems.append(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no clipping")
+        if sampling.temperature == 0:
+            problems.append("sampling.temperature is 0; training needs sampled completions, set it above 0")
+        if problems:
+            raise ValueError("bad SPOModule arguments: " + "; ".join(problems))
+        self.policy_config = policy
+        self.reward = reward
+        self.engine: RolloutEngine = TransformersEngine() if engine is None else engine
+        self.sampling = sampling
+        self.eval_sampling = eval_sampling
+        self.advantage = advantage
+        self.loss = loss
+        self.drift = drift
+        self.drift_max_tokens = drift_max_tokens
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.num_minibatches = num_minibatches
+        self.micro_batch_tokens = micro_batch_tokens
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.guard = NonFiniteGuard(max_skipped_steps)
+        self.stages = StageTimer()
+        self.completions_seen = 0
+        self.exported_path: Path | None = None
+        self._collector: RolloutCollector | None = None
+        self._evaluators: dict[str, BenchmarkEvaluator] = {}
+
+    # Set-up and take-down
+
+    def configure_model(self) -> None:
+        """Load policy and tokenizer, once."""
+        if not hasattr(self, "policy"):
+            self.tokenizer = load_tokenizer(self.policy_config.path, self.policy_config.revision)
+            self.policy = load_policy(self.policy_config)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule of the configuration."""
+        optimizer = self.optimizer_factory(self.policy.parameters())
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "lr_scheduler is ReduceLROnPlateau, which needs a monitored metric; take one that goes by steps"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the module cannot do, before any work."""
+        if stage != "fit":
+            return
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"training on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1"
+            )
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}; scaled fp16 gradients hide what is not finite, "
+                "use bf16-mixed or 32"
+            )
+
+    def on_fit_start(self) -> None:
+        """Check the longest possible sequence against the micro-batch, and start the engine."""
+        longest = self.trainer.datamodule.max_prompt_tokens + self.sampling.max_tokens  # type: ignore[attr-defined]
+        if longest > self.micro_batch_tokens:
+            raise ValueError(
+                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, more than "
+                f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of the two"
+            )
+        self._check_references("training prompts", self.trainer.datamodule.dataset)  # type: ignore[attr-defined]
+        self._start_engine()
+
+    def on_predict_start(self) -> None:
+        """Start the engine with the present weights."""
+        self._push_weights(0)
+
+    def teardown(self, stage: str) -> None:
+        """Release engine and graders."""
+        if self._collector is not None:
+            self.engine.close()
+            self._collector = None
+        self.reward.close()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counters."""
+        checkpoint["spo"] = {"guard": self.guard.state_dict(), "completions_seen": self.completions_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters back."""
+        self.guard.load_state_dict(checkpoint["spo"]["guard"])
+        self.completions_seen = checkpoint["spo"]["completions_seen"]
+
+    def export(self, directory: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder; returns its path."""
+        self.exported_path = export_policy(self.policy, self.tokenizer, directory)
+        return self.exported_path
+
+    # One iteration
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One iteration: completions, rewards, advantages, drift, and the mini-batch updates.
+
+        Returns:
+            ``outcome`` (types.Outcome) for the tracker and ``records`` (list of types.CompletionRecord) for the table.
+        """
+        start = time.perf_counter()
+        self.stages.reset()
+        seed_iteration(self.seed, batch.iteration, self.global_rank)
+        seeds = [derive_seed(self.seed, SeedStream.ROLLOUT, batch.iteration, row) for row in range(len(batch.prompts))]
+        with self.stages("rollout"):
+            self._push_weights(batch.iteration)
+            completions = self.collector.generate(batch.prompts, self.sampling, seeds)
+        with self.stages("reward"):
+            rollouts = self.collector.grade(batch.prompts, completions)
+        metrics = rollout_metrics(rollouts)
+        decided = [row for row, rollout in enumerate(rollouts) if rollout.grade.decided]
+        outcome, advantages = _empty_outcome(), torch.empty(0, dtype=torch.float64)
+        if decided:
+            with self.stages("score"):
+                outcome, experience = self._learnable(batch, rollouts, decided)
+            advantages = experience.advantages
+            sampled = [completions[row].sampling_logprobs[completions[row].completion_mask] for row in decided]
+            metrics |= learning_metrics(
+                outcome.reward, batch.baseline[decided], advantages, experience.old_logprobs, sampled
+            )
+            with self.stages("update"):
+                metrics |= self._update(experience, batch.iteration)
+        self.completions_seen += len(completions)
+        tokens = sum(completion.num_sampled for completion in completions)
+        metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
+        self.log_dict(metrics, on_step=True, on_epoch=False)
+        by_row = dict(zip(decided, advantages.tolist(), strict=True))
+        return {"outcome": outcome, "records": completion_records(batch.iteration, rollouts, batch.baseline, by_row)}
+
+    def _learnable(
+        self, batch: PromptBatch, rollouts: Sequence[Rollout], decided: Sequence[int]
+    ) -> tuple[Outcome, Experience]:
+        """Score new and stored completions in one pass; build what the tracker and the update need."""
+        kept = [rollouts[row] for row in decided]
+        sequences = tuple(TokenSequence.join(rollout.prompt, rollout.completion) for rollout in kept)
+        previous = {
+            batch.prompts[row].index: (batch.prompts[row], stored)
+            for row in decided
+            if (stored := batch.previous[row]) is not None
+        }
+        stored_sequences = [TokenSequence.join(prompt, stored) for prompt, stored in previous.values()]
+        logprobs = score(self.policy, [*sequences, *stored_sequences], self.micro_batching)
+        old_logprobs, acting = tuple(logprobs[: len(kept)]), logprobs[len(kept) :]
+
+        index = torch.tensor([rollout.prompt.index for rollout in kept])
+        reward = torch.tensor([cast(float, rollout.grade.value) for rollout in kept], dtype=torch.float64)
+        lengths = torch.tensor([rollout.completion.num_sampled for rollout in kept])
+        advantages = self.advantage(reward, batch.baseline[list(decided)], lengths)
+        drift_of = dict(
+            zip(previous, self._drift([stored.logprobs for _, stored in previous.values()], acting), strict=True)
+        )
+        drift = torch.tensor([drift_of.get(i, 0.0) for i in index.tolist()], dtype=torch.float64)
+        history = tuple(
+            truncate_completion(
+                completion.token_ids,
+                completion.completion_mask,
+                scatter_tokens([old], completion.completion_mask),
+                self.drift_max_tokens,
+            )
+            for completion, old in zip((rollout.completion for rollout in kept), old_logprobs, strict=True)
+        )
+        return Outcome(index, reward, drift, history), Experience(sequences, old_logprobs, advantages)
+
+    def _drift(self, stored: Sequence[Tensor], acting: Sequence[Tensor]) -> list[float]:
+        if not stored:
+            return []
+        lengths = torch.tensor([len(values) for values in stored])
+        return self.drift(torch.cat(tuple(acting)), torch.cat(tuple(stored)), lengths).tolist()
+
+    def _update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Several optimiser steps, each on its own part of the batch; metrics are means over the steps taken."""
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        scheduler = cast(LRScheduler | None, self.lr_schedulers())
+        taken: dict[str, list[float]] = defaultdict(list)
+        order = torch.randperm(len(experience))
+        for step, rows in enumerate(order.tensor_split(min(self.num_minibatches, len(experience)))):
+            minibatch = experience.select(rows.tolist())
+            optimizer.zero_grad()
+            metrics = accumulate_gradient(self.policy, self.loss, minibatch, self.micro_batching, self.manual_backward)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
+            metrics["policy/grad_norm"] = norm.item()
+            name = f"iteration-{iteration:06d}-step-{step:02d}"
+            dumps = Path(self.trainer.default_root_dir) / "nonfinite"
+            if self.guard.admit(
+                metrics["policy/loss"], metrics["policy/grad_norm"], self.policy, minibatch, dumps, name
+            ):
+                optimizer.step()
+                for key, value in metrics.items():
+                    taken[key].append(value)
+                if scheduler is not None:
+                    scheduler.step()
+        optimizer.zero_grad()
+        return {
+            **{key: sum(values) / len(values) for key, values in taken.items()},
+            "policy/skipped_steps": float(self.guard.skipped),
+            "optimizer/lr": optimizer.param_groups[0]["lr"],
+        }
+
+    # Benchmarks and the tracker's start
+
+    def on_validation_epoch_start(self) -> None:
+        """Make ready to answer benchmarks with the present policy."""
+        self._push_weights(self.trainer.global_step)
+        benchmarks = self.trainer.datamodule.benchmarks  # type: ignore[attr-defined]
+        self._evaluators = {
+            name: BenchmarkEvaluator(benchmark.num_samples, self.device) for name, benchmark in benchmarks.items()
+        }
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: BenchmarkBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answer some problems of a benchmark."""
+        name = zlib.crc32(batch.benchmark.encode())
+        rollouts = self._sample(batch, self.eval_sampling, SeedStream.EVALUATION, name)
+        self._evaluators[batch.benchmark].update(rollouts, self.reward)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of every benchmark as ``val/<name>/…``."""
+        self._log_benchmarks("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of every benchmark as ``test/<name>/…``."""
+        self._log_benchmarks("test")
+
+    def predict_step(self, batch: BenchmarkBatch, batch_idx: int, dataloader_idx: int = 0) -> list[ValueRow]:
+        """Draw the tracker's start for some training prompts (Algorithm 2)."""
+        return self.estimate_values(batch)
+
+    def estimate_values(self, batch: BenchmarkBatch) -> list[ValueRow]:
+        """Number and sum of the rewards of ``num_samples`` completions of each prompt; undecided ones do not count."""
+        rollouts = self._sample(batch, self.sampling, SeedStream.VALUE_START, 0)
+        rewards: dict[Prompt, list[float]] = {prompt: [] for prompt in batch.prompts}
+        for rollout in rollouts:
+            if rollout.grade.value is not None:
+                rewards[rollout.prompt].append(rollout.grade.value)
+        return [ValueRow(prompt.id, prompt.text, len(values), sum(values)) for prompt, values in rewards.items()]
+
+    def _sample(
+        self, batch: BenchmarkBatch, sampling: SamplingParams, stream: SeedStream, offset: int
+    ) -> list[Rollout]:
+        prompts = [prompt for prompt in batch.prompts for _ in range(batch.num_samples)]
+        seeds = [
+            derive_seed(self.seed, stream, offset, prompt.index, sample)
+            for prompt in batch.prompts
+            for sample in range(batch.num_samples)
+        ]
+        return self.collector.grade(prompts, self.collector.generate(prompts, sampling, seeds))
+
+    def _log_benchmarks(self, prefix: str) -> None:
+        for name, evaluator in self._evaluators.items():
+            self.log_dict(evaluator.compute(f"{prefix}/{name}"))
+
+    # The engine
+
+    @property
+    def collector(self) -> RolloutCollector:
+        """The collector; starts the engine when it does not run yet."""
+        self._start_engine()
+        return cast(RolloutCollector, self._collector)
+
+    @property
+    def micro_batching(self) -> MicroBatching:
+        """How sequences become micro-batches."""
+        pad = self.tokenizer.pad_token_id
+        return MicroBatching(self.micro_batch_tokens, 0 if pad is None else pad, self.sampling.temperature)
+
+    def _start_engine(self) -> None:
+        if self._collector is None:
+            self.engine.start(
+                EngineContext(
+                    model_path=self.policy_config.path,
+                    tokenizer=self.tokenizer,
+                    device=str(self.device),
+                    dtype=self.policy_config.dtype,
+                    eos_token_ids=eos_token_ids(self.policy.model, self.tokenizer),
+                    revision=self.policy_config.revision,
+                )
+            )
+            self._collector = RolloutCollector(self.engine, self.reward)
+
+    def _check_references(self, what: str, dataset: PromptDataset) -> None:
+        """Refuse gold answers that no completion could match."""
+        bad = self.reward.check_references(dataset.references)
+        if bad:
+            shown = ", ".join(f"{dataset.ids[i]} ({dataset.references[i]!r})" for i in bad[:5])
+            raise ValueError(
+                f"{len(bad)} of {len(dataset)} {what} have a reference answer that {type(self.reward).__name__} cannot "
+                f"read: {shown}{', ...' if len(bad) > 5 else ''}; correct them, or take another reward"
+            )
+
+    def _push_weights(self, version: int) -> None:
+        weights = ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
+        self.collector.engine.update_weights(weights, version)
+
+
+def _empty_outcome() -> Outcome:
+    none = torch.empty(0, dtype=torch.float64)
+    return Outcome(torch.empty(0, dtype=torch.int64), none, none)

@@ -1,0 +1,87 @@
+"""An optimiser step whose loss or gradient is not finite is skipped, counted, dumped, and at last fatal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spo_lightning.experience import Experience
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimiser steps in a row had a loss or gradient that is not finite."""
+
+
+class NonFiniteGuard:
+    """Decides for every optimiser step whether it may be taken.
+
+    Args:
+        max_in_a_row: steps skipped one after the other before training stops.
+
+    Attributes:
+        skipped: steps skipped since the start of training.
+        in_a_row: steps skipped since the last good one.
+    """
+
+    def __init__(self, max_in_a_row: int) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def admit(
+        self, loss: float, grad_norm: float, module: nn.Module, batch: Experience, directory: Path, name: str
+    ) -> bool:
+        """True when the step may be taken; otherwise dump what led to it.
+
+        Args:
+            loss: the mini-batch's loss.
+            grad_norm: norm of its gradient, before clipping.
+            module: holds the gradients.
+            batch: the mini-batch.
+            directory: where to dump.
+            name: file name of the dump.
+
+        Raises:
+            NonFiniteError: ``max_in_a_row`` steps were skipped one after the other.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        path = directory / f"{name}.pt"
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(self._describe(loss, grad_norm, module, batch), path)
+        if self.in_a_row >= self.max_in_a_row:
+            raise NonFiniteError(
+                f"{self.in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
+                f"(last: loss {loss}, gradient norm {grad_norm}). The mini-batch of the last one is in {path}; "
+                "look at its log-probabilities and advantages, then lower the learning rate or raise trainer.precision"
+            )
+        return False
+
+    @staticmethod
+    def _describe(loss: float, grad_norm: float, module: nn.Module, batch: Experience) -> dict[str, Any]:
+        bad = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "parameters_with_non_finite_gradient": bad,
+            "parameters_not_finite": [n for n, p in module.named_parameters() if not p.isfinite().all()],
+            "token_ids": [sequence.token_ids for sequence in batch.sequences],
+            "completion_mask": [sequence.completion_mask for sequence in batch.sequences],
+            "old_logprobs": list(batch.old_logprobs),
+            "advantages": batch.advantages,
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take counters back from a checkpoint."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,0 +1,93 @@
+"""Lightning's Trainer with the jobs that are SPO's own: ``estimate`` and ``export``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+
+from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
+from spo_lightning.callbacks.value_writer import ValueWriter
+from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.module import SPOModule
+
+# One epoch holds all iterations of a run; every iteration is logged; validation counts iterations.
+DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "log_every_n_steps": 1,
+    "val_check_interval": 50,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class SPOTrainer(Trainer):
+    """``lightning.pytorch.Trainer`` with what SPO needs of it.
+
+    Adds the tracker callback, before all others so that they see the tracker after its update, and atomic checkpoints;
+    sets ``DEFAULTS`` where the caller says nothing; has two more jobs, ``estimate`` and ``export``.
+
+    Args:
+        kwargs: arguments of ``lightning.pytorch.Trainer``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        callbacks = [ValueTrackerCallback(), *callbacks]
+        super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
+
+    def estimate(
+        self,
+        model: SPOModule,
+        datamodule: SPODataModule,
+        output: str = "values.parquet",
+        num_samples: int = 8,
+    ) -> None:
+        """Draw completions of every training prompt with the initial policy and write a value file (Algorithm 2).
+
+        Args:
+            model: the module.
+            datamodule: the data module.
+            output: file to write, ``.parquet`` or ``.jsonl``; give it to ``fit`` as ``data.value_start``.
+            num_samples: completions per prompt, n0 in the paper.
+        """
+        settings = {
+            "policy": model.policy_config.path,
+            "sampling": asdict(model.sampling),
+            "num_samples": num_samples,
+            "seed": model.seed,
+        }
+        writer = ValueWriter(Path(output), json.loads(json.dumps(settings)))
+        datamodule.estimate_with(num_samples, skip=writer.finished_ids)
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        self.predict(model, datamodule=datamodule, return_predictions=False)
+
+    def export(self, model: SPOModule, datamodule: SPODataModule, ckpt_path: str, output: str) -> None:
+        """Write the policy of a checkpoint as a Hugging Face folder.
+
+        Args:
+            model: the module.
+            datamodule: not used; the configuration of a run names one.
+            ckpt_path: checkpoint file, or "last".
+            output: folder to write.
+        """
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        model.configure_model()
+        model.load_state_dict(checkpoint["state_dict"])
+        print(f"exported policy: {model.export(output)}")
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

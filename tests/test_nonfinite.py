@@ -1,0 +1,60 @@
+"""A step that is not finite is skipped, counted, dumped, and fatal when it goes on."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from spo_lightning.experience import Experience, TokenSequence
+from spo_lightning.nonfinite import NonFiniteError, NonFiniteGuard
+
+BATCH = Experience(
+    (TokenSequence(torch.tensor([1, 2]), torch.tensor([False, True])),),
+    (torch.tensor([-0.5]),),
+    torch.tensor([1.5], dtype=torch.float64),
+)
+
+
+def module(gradient: float) -> nn.Module:
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight.grad = torch.tensor([[gradient]])
+    return linear
+
+
+def test_finite_steps_are_admitted_and_leave_no_file(tmp_path):
+    guard = NonFiniteGuard(1)
+    assert guard.admit(0.5, 2.0, module(1.0), BATCH, tmp_path / "dumps", "a")
+    assert not (tmp_path / "dumps").exists()
+    assert guard.state_dict() == {"skipped": 0, "in_a_row": 0}
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
+def test_a_bad_step_is_refused_counted_and_dumped(tmp_path, loss, norm):
+    guard = NonFiniteGuard(2)
+    assert not guard.admit(loss, norm, module(math.nan), BATCH, tmp_path, "iteration-000003-step-01")
+    dump = torch.load(tmp_path / "iteration-000003-step-01.pt", weights_only=True)
+    assert dump["parameters_with_non_finite_gradient"] == ["weight"]
+    assert dump["parameters_not_finite"] == []
+    assert dump["token_ids"][0].tolist() == [1, 2]
+    assert dump["advantages"].tolist() == [1.5]
+    assert guard.skipped == 1
+
+
+def test_a_good_step_starts_the_count_anew_and_the_limit_stops_with_the_path(tmp_path):
+    guard = NonFiniteGuard(2)
+    bad, good = (math.nan, 1.0, module(0.0), BATCH, tmp_path), (1.0, 1.0, module(0.0), BATCH, tmp_path)
+    assert not guard.admit(*bad, "a")
+    assert guard.admit(*good, "b")
+    assert not guard.admit(*bad, "c")
+    with pytest.raises(NonFiniteError, match=r"2 optimiser steps in a row .*d\.pt"):
+        guard.admit(*bad, "d")
+    assert guard.skipped == 3
+
+
+def test_counters_survive_a_checkpoint(tmp_path):
+    guard = NonFiniteGuard(3)
+    guard.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path, "a")
+    other = NonFiniteGuard(3)
+    other.load_state_dict(guard.state_dict())
+    assert (other.skipped, other.in_a_row) == (1, 1)

@@ -1,0 +1,169 @@
+"""Scoring and differentiating the policy against the plain computation on full logits, in float64."""
+
+import pytest
+import torch
+from tiny_models import make_char_tokenizer, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spo_lightning.algorithms import PPOClipLoss
+from spo_lightning.experience import Experience, TokenSequence, pad
+from spo_lightning.learner import MicroBatching, accumulate_gradient, score
+from spo_lightning.policy import Policy, PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
+
+# Prompt length, and which tokens of the completion the policy sampled (a tool forced the others).
+SHAPES = [(3, "ssss"), (5, "ssffss"), (1, "s"), (4, "fsssssss"), (2, "sssss")]
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def policy(request) -> Policy:
+    return Policy(make_model(tied=request.param).double())
+
+
+@pytest.fixture
+def sequences() -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        TokenSequence(
+            torch.randint(2, 40, (prompt + len(kinds),), generator=generator),
+            torch.tensor([False] * prompt + [kind == "s" for kind in kinds]),
+        )
+        for prompt, kinds in SHAPES
+    ]
+
+
+def plain_logprobs(policy: Policy, sequence: TokenSequence) -> torch.Tensor:
+    """(S,) log-probabilities of one unpadded sequence from the model's own full logits."""
+    logits = policy.model(sequence.token_ids[None]).logits[0] / TEMPERATURE
+    log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
+    positions = sequence.completion_mask.nonzero().squeeze(-1)
+    return torch.stack([log_probabilities[p - 1, sequence.token_ids[p]] for p in positions])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward_equals_full_logits_on_either_padding_side(policy, sequences, side):
+    batch = pad(sequences, 0, side)
+    logprobs, entropy = policy(batch.input_ids, batch.attention_mask, batch.completion_mask, TEMPERATURE)
+    for row, sequence in enumerate(sequences):
+        torch.testing.assert_close(
+            logprobs[row][batch.completion_mask[row]], plain_logprobs(policy, sequence), rtol=1e-10, atol=1e-10
+        )
+    assert not logprobs[~batch.completion_mask].any()
+    assert not entropy[~batch.completion_mask].any()
+    assert not entropy.requires_grad
+    last = sequences[0]
+    distribution = torch.distributions.Categorical(
+        logits=policy.model(last.token_ids[None]).logits[0, -2] / TEMPERATURE
+    )
+    assert entropy[0][batch.completion_mask[0]][-1].item() == pytest.approx(distribution.entropy().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("max_tokens", [12, 24, 1000])
+def test_score_returns_the_order_given_whatever_the_micro_batch(policy, sequences, max_tokens):
+    scores = score(policy, sequences, MicroBatching(max_tokens, 0, TEMPERATURE))
+    for values, sequence in zip(scores, sequences, strict=True):
+        torch.testing.assert_close(values, plain_logprobs(policy, sequence).float(), rtol=1e-6, atol=1e-6)
+
+
+def experience(policy: Policy, sequences: list[TokenSequence]) -> Experience:
+    """Old log-probabilities far enough away that some ratios are clipped and some are not."""
+    generator = torch.Generator().manual_seed(1)
+    old = [plain_logprobs(policy, sequence).detach() for sequence in sequences]
+    noise = [torch.randn(len(values), generator=generator, dtype=torch.float64) * 0.4 for values in old]
+    return Experience(
+        tuple(sequences),
+        tuple((values + shift).float() for values, shift in zip(old, noise, strict=True)),
+        torch.tensor([1.0, -0.5, 2.0, -1.5, 0.3], dtype=torch.float64),
+    )
+
+
+def reference_gradient(policy: Policy, batch: Experience) -> tuple[float, list[torch.Tensor]]:
+    """Token-mean PPO-clip (SPO eq. 10, clip 0.2 and 0.28) one token at a time, on full logits."""
+    policy.zero_grad()
+    terms = []
+    for sequence, old, advantage in zip(batch.sequences, batch.old_logprobs, batch.advantages, strict=True):
+        for new_value, old_value in zip(plain_logprobs(policy, sequence), old.double(), strict=True):
+            ratio = (new_value - old_value).exp()
+            terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage))
+    loss = torch.stack(terms).sum() / len(terms)
+    loss.backward()
+    return loss.item(), [parameter.grad.clone() for parameter in policy.parameters()]
+
+
+@pytest.mark.parametrize("max_tokens", [12, 24, 1000])
+def test_gradient_equals_the_plain_one_whatever_the_micro_batch(policy, sequences, max_tokens):
+    batch = experience(policy, sequences)
+    loss, gradient = reference_gradient(policy, batch)
+    policy.zero_grad()
+    metrics = accumulate_gradient(
+        policy, PPOClipLoss(dual_clip=None), batch, MicroBatching(max_tokens, 0, TEMPERATURE), torch.Tensor.backward
+    )
+    assert metrics["policy/loss"] == pytest.approx(loss, rel=1e-6)
+    for parameter, expected in zip(policy.parameters(), gradient, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_tool_token_has_no_gradient_of_its_own(policy, sequences):
+    """Forcing another last token changes nothing: it is masked and nothing follows it."""
+    ends_forced = TokenSequence(torch.tensor([5, 6, 7, 8]), torch.tensor([False, True, True, False]))
+    other = TokenSequence(torch.tensor([5, 6, 7, 30]), ends_forced.completion_mask)
+    gradients = []
+    for sequence in (ends_forced, other):
+        policy.zero_grad()
+        batch = Experience((sequence,), (torch.tensor([-1.0, -2.0]),), torch.tensor([1.0], dtype=torch.float64))
+        accumulate_gradient(policy, PPOClipLoss(), batch, MicroBatching(100, 0, 1.0), torch.Tensor.backward)
+        gradients.append([parameter.grad.clone() for parameter in policy.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_models_that_transform_logits_after_the_head_are_refused():
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        Policy(model)
+
+
+def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences):
+    make_model(tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        loaded = load_policy(PolicyConfig(str(tmp_path), gradient_checkpointing=checkpointing)).train()
+        assert loaded.model.is_gradient_checkpointing is checkpointing
+        batch = experience(loaded, sequences)
+        accumulate_gradient(loaded, PPOClipLoss(), batch, MicroBatching(1000, 0, 1.0), torch.Tensor.backward)
+        gradients.append([parameter.grad for parameter in loaded.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_export_loads_and_replaces_what_was_there(tmp_path):
+    make_char_tokenizer(tmp_path / "start")
+    make_model(tmp_path / "start")
+    policy = load_policy(PolicyConfig(str(tmp_path / "start")))
+    tokenizer = load_tokenizer(str(tmp_path / "start"))
+    target = export_policy(policy, tokenizer, tmp_path / "out" / "policy")
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.add_(0.1)
+    (tmp_path / "out" / ".policy.new").mkdir()  # what a kill in the middle of an export leaves
+    assert export_policy(policy, tokenizer, tmp_path / "out" / "policy") == target
+    assert [path.name for path in target.parent.iterdir()] == ["policy"]
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(loaded(ids).logits, policy.model(ids).logits)
+    assert AutoTokenizer.from_pretrained(target)("1+2=").input_ids == tokenizer("1+2=").input_ids
+
+
+def test_eos_tokens_are_those_of_generation_config_and_tokenizer():
+    model, tokenizer = make_model(), make_char_tokenizer()
+    assert eos_token_ids(model, tokenizer) == (1,)
+    model.generation_config.eos_token_id = [7, 5]
+    assert eos_token_ids(model, tokenizer) == (1, 5, 7)
+
+
+def test_a_tokenizer_without_end_token_is_refused(tmp_path):
+    tokenizer = make_char_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no eos_token; set one"):
+        load_tokenizer(str(tmp_path))
