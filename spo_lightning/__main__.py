@@ -1,0 +1,44 @@
+"""The program ``spo``: answers ``spo --help`` at once and leaves the rest to LightningCLI."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """\
+usage: spo COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+Single-stream Policy Optimization (SPO) for language models, on PyTorch Lightning.
+
+commands:
+  fit        train a policy
+  validate   answer the benchmarks of data.benchmarks, metrics under val/
+  test       answer the benchmarks of data.benchmarks, metrics under test/
+  estimate   draw completions of every training prompt and write a value file for fit
+  export     write the policy of a checkpoint as a Hugging Face folder
+
+Configurations compose: a later --config or --key overrides what stands before it.
+  spo fit --config configs/quickstart.yaml --model.num_minibatches 2
+  spo fit --config configs/quickstart.yaml --ckpt_path last     continue after a crash
+  spo fit --config configs/quickstart.yaml --print_config       the resolved configuration
+  spo COMMAND --help                                            every key of a command
+"""
+
+
+def main() -> None:
+    """Entry point of ``spo`` and ``python -m spo_lightning``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("spo-lightning"))
+        return
+    from spo_lightning.cli import SPOCLI
+
+    SPOCLI()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Every shipped YAML parses and builds what it names."""
+
+from pathlib import Path
+
+import pytest
+
+from spo_lightning.cli import SPOCLI
+from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.module import SPOModule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configs():
+    assert Path("configs/quickstart.yaml") in CONFIGS
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_config_builds_trainer_module_and_data(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    cli = SPOCLI([f"--config={config}", f"--trainer.default_root_dir={tmp_path}"], run=False)
+    assert isinstance(cli.model, SPOModule)
+    assert isinstance(cli.datamodule, SPODataModule)
+    assert cli.model.seed == cli.config["seed_everything"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "look", "expected"),
+    [
+        (["--model.loss=CISPOLoss"], lambda cli: type(cli.model.loss).__name__, "CISPOLoss"),
+        (["--model.loss=GSPOLoss", "--model.loss.clip_ratio_low=0.1"], lambda cli: cli.model.loss.clip_ratio_low, 0.1),
+        (["--model.advantage=TokenNormalized"], lambda cli: type(cli.model.advantage).__name__, "TokenNormalized"),
+        (["--model.drift=KLEstimate"], lambda cli: type(cli.model.drift).__name__, "KLEstimate"),
+        (["--model.engine=TransformersEngine"], lambda cli: type(cli.model.engine).__name__, "TransformersEngine"),
+        (
+            ["--model.engine=TransformersEngine", "--model.engine.max_batch_size=7"],
+            lambda cli: cli.model.engine.max_batch_size,
+            7,
+        ),
+        (["--model.reward=ExactMatchReward"], lambda cli: type(cli.model.reward).__name__, "ExactMatchReward"),
+        (
+            ["--data.forgetting=ConstantForgetting", "--data.forgetting.factor=0.9"],
+            lambda cli: cli.datamodule.value_start is not None,
+            True,
+        ),
+        (
+            ["--model.optimizer=SGD", "--model.optimizer.lr=0.5"],
+            lambda cli: cli.model.optimizer_factory([_parameter()]).defaults["lr"],
+            0.5,
+        ),
+        (
+            ["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=9"],
+            lambda cli: cli.model.lr_scheduler_factory(_optimizer()).total_iters,
+            9,
+        ),
+        (
+            ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"],
+            lambda cli: type(cli.trainer.logger).__name__,
+            "CSVLogger",
+        ),
+        (["--trainer.logger=false"], lambda cli: cli.trainer.logger, None),
+        (["--trainer.strategy=ddp"], lambda cli: type(cli.trainer.strategy).__name__, "DDPStrategy"),
+        (["--seed_everything=7"], lambda cli: cli.model.seed, 7),
+        (["--checkpoint.every_n_iterations=3"], lambda cli: cli.trainer.checkpoint_callback.every_n_iterations, 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_seam_is_swapped_from_the_command_line(arguments, look, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    cli = SPOCLI(["--config=configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}", *arguments], run=False)
+    assert look(cli) == expected
+
+
+def _parameter():
+    import torch
+
+    return torch.nn.Parameter(torch.zeros(1))
+
+
+def _optimizer():
+    import torch
+
+    return torch.optim.SGD([_parameter()], lr=1.0)

@@ -1,0 +1,198 @@
+"""The program as a user runs it, in processes of its own: fit, kill -9, resume, test, export; and its messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+ITERATIONS = 8
+SMALL = [
+    "--data.batch_size=16",
+    f"--data.num_iterations={ITERATIONS}",
+    "--data.benchmarks.arithmetic.source.max_rows=6",
+    "--trainer.val_check_interval=3",
+    "--checkpoint.every_n_iterations=2",
+    "--completions_table.every_n_iterations=4",
+    "--tracker_figures.every_n_iterations=4",
+]
+
+
+def command(folder: Path, job: str, *arguments: str) -> list[str]:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    where = [
+        f"--trainer.default_root_dir={folder / 'run'}",
+        f"--trainer.logger.tracking_uri=sqlite:///{folder}/mlflow.db",
+    ]
+    return [sys.executable, "-m", "spo_lightning", job, "--config", config, *SMALL, *where, *arguments]
+
+
+def trace_to(folder: Path) -> str:
+    return f"--trainer.callbacks+={{class_path: trace.Trace, init_args: {{path: {folder / 'trace.jsonl'}}}}}"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+def spo(folder: Path, job: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, job, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_trace(folder: Path) -> list[dict]:
+    path = folder / "trace.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, spo(folder, "fit", trace_to(folder))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str], int]:
+    """A run killed in the middle of an iteration, after the fifth, then continued from its last checkpoint."""
+    folder = tmp_path_factory.mktemp("resumed")
+    process = subprocess.Popen(
+        command(folder, "fit", trace_to(folder)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while len(read_trace(folder)) < 5:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(read_trace(folder))
+    return folder, spo(folder, "fit", trace_to(folder), "--ckpt_path=last"), before
+
+
+def test_a_killed_run_continues_exactly(uninterrupted, resumed):
+    reference = read_trace(uninterrupted[0])
+    folder, _, before = resumed
+    lines = read_trace(folder)
+    assert [line["iteration"] for line in reference] == list(range(ITERATIONS))
+    first = lines[before]["iteration"]
+    assert 4 <= first < ITERATIONS, "the resumed run must begin at a checkpoint"
+    assert [line["iteration"] for line in lines[before:]] == list(range(first, ITERATIONS))
+    for line in lines:
+        assert line == reference[line["iteration"]]
+    ends = [torch.load(f / "run/checkpoints/last.ckpt", weights_only=True) for f in (uninterrupted[0], folder)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    tracker, other = (end["SPODataModule"]["tracker"] for end in ends)
+    assert torch.equal(tracker["value"], other["value"])
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(resumed):
+    from mlflow.tracking import MlflowClient
+
+    folder, _, _ = resumed
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    rewards = client.get_metric_history(runs[0].info.run_id, "reward/mean")
+    assert {metric.step for metric in rewards} == set(range(ITERATIONS))
+    assert "val/arithmetic/avg_at_4" in runs[0].data.metrics
+    assert runs[0].data.params["data/batch_size"] == "16"
+    artifacts = {a.path for a in client.list_artifacts(runs[0].info.run_id)}
+    assert {"config.yaml", "completions", "figures"} <= artifacts
+
+
+def test_the_end_of_a_run_says_where_everything_is(uninterrupted):
+    folder, done = uninterrupted
+    assert str(folder / "run" / "checkpoints" / "iteration-000008.ckpt") in done.stdout
+    assert str(folder / "run" / "policy") in done.stdout
+    assert "per 1,000 completions" in done.stdout
+    names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    assert names == ["iteration-000006.ckpt", "iteration-000008.ckpt", "last.ckpt"]
+
+
+def test_the_exported_policy_loads_and_equals_the_checkpoint(uninterrupted):
+    folder, _ = uninterrupted
+    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "policy")
+    state = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in model.named_parameters():
+        assert torch.equal(value, state[f"policy.model.{name}"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "policy")
+    start = AutoTokenizer.from_pretrained(ROOT / "configs" / "quickstart" / "policy")
+    assert tokenizer("1+2=?").input_ids == start("1+2=?").input_ids
+
+
+def test_test_and_export_take_the_last_checkpoint(uninterrupted):
+    folder, _ = uninterrupted
+    tested = spo(folder, "test", "--ckpt_path=last")
+    assert "test/arithmetic/avg_at_4" in tested.stdout
+    assert "test/arithmetic/maj_at_4" in tested.stdout
+    exported = spo(folder, "export", "--ckpt_path=last", f"--output={folder / 'exported'}")
+    assert str(folder / "exported") in exported.stdout
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / p) for p in ("exported", "run/policy"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
+    small = ["--data.train.max_rows=12", "--data.num_iterations=1", "--data.benchmarks=null"]
+    values = tmp_path / "values.jsonl"
+    spo(tmp_path, "estimate", *small, f"--output={values}", "--num_samples=4", "--trainer.logger=false")
+    rows = [json.loads(line) for line in values.read_text().splitlines()]
+    assert [row["n"] for row in rows] == [4] * 12
+    assert not values.with_name("values.jsonl.partial").exists()
+    start = f"--data.value_start={{class_path: spo_lightning.data.ValueFile, init_args: {{path: {values}}}}}"
+    spo(tmp_path, "fit", *small, "--data.batch_size=12", start, trace_to(tmp_path), "--trainer.logger=false")
+    line = read_trace(tmp_path)[0]
+    expected = {row["id"]: (row["reward_sum"] + 0.5) / 5 for row in rows}
+    assert dict(zip(line["prompts"], line["baseline"], strict=True)) == pytest.approx(expected)
+    drawn = "--data.value_start={class_path: spo_lightning.data.DrawValues, init_args: {num_samples: 4}}"
+    (tmp_path / "trace.jsonl").unlink()
+    spo(tmp_path, "fit", *small, "--data.batch_size=12", drawn, trace_to(tmp_path), "--trainer.logger=false")
+    line = read_trace(tmp_path)[0]
+    assert dict(zip(line["prompts"], line["baseline"], strict=True)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trainer.max_epoch=3"], ["max_epoch", "Did you mean", "max_epochs"]),
+        (["--model.loss.class_path=spo_lightning.algorithms.PPOLoss"], ["PPOLoss"]),
+        (["--data.train.path=nowhere.jsonl"], ["nowhere.jsonl", "does not exist"]),
+        (["--data.train.prompt_column=question"], ["question", "problem"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "does not exist"]),
+        (["--data.benchmarks.arithmetic.num_samples=0"], ["num_samples is 0"]),
+    ],
+    ids=["wrong-key", "wrong-class", "missing-file", "missing-column", "missing-checkpoint", "bad-value"],
+)
+def test_mistakes_end_with_a_message_and_no_traceback(tmp_path, arguments, words):
+    done = spo(tmp_path, "fit", *arguments, check=False)
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output
+    for word in words:
+        assert word in output
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; sys.argv = ['spo', '--help']\n"
+        "from spo_lightning.__main__ import main; main()\n"
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for job in ("fit", "validate", "test", "estimate", "export"):
+        assert f"\n  {job} " in done.stdout
