@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,16 @@ from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
 from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
+
+
+class _NoAdvertisements(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "Tip:" not in record.getMessage()
+
+
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_NoAdvertisements())
+# torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer
+warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
 
 
 class SPOArgumentParser(LightningArgumentParser):

@@ -84,3 +84,14 @@ def _optimizer():
     import torch
 
     return torch.optim.SGD([_parameter()], lr=1.0)
+
+
+def test_later_configs_override_earlier_ones_and_flags_override_both(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model:\n  num_minibatches: 2\n  micro_batch_tokens: 9999\ndata:\n  batch_size: 64\n")
+    arguments = ["--config=configs/quickstart.yaml", f"--config={overlay}", "--data.batch_size=32"]
+    cli = SPOCLI([*arguments, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    assert (cli.model.num_minibatches, cli.model.micro_batch_tokens, cli.datamodule.batch_size) == (2, 9999, 32)
+    assert cli.model.sampling.max_tokens == 48
