@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
+
+COMMANDS = ("fit", "validate", "test", "estimate", "export")
 
 USAGE = """\
 usage: spo COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
@@ -36,12 +40,24 @@ def main() -> None:
 
         print(version("spo-lightning"))
         return
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    if os.getcwd() not in sys.path:  # rewards and losses of one's own are found here, as under python -m
+        sys.path.insert(0, os.getcwd())
     # Idle OpenMP threads must sleep instead of spinning: beside another busy process, spinning ones made a small policy
     # ten times slower on two cores. Has to be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from spo_lightning.cli import SPOCLI
 
-    SPOCLI()
+    try:
+        SPOCLI()
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import logging
 import re
 import sys
@@ -11,9 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.callbacks import (
     CompletionsTable,
     ExportPolicy,
@@ -23,20 +28,44 @@ from spo_lightning.callbacks import (
     TrackerFigures,
 )
 from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.data.value_start import ValueStart
+from spo_lightning.errors import ConfigError
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
+from spo_lightning.protocols import Reward, RolloutEngine
 from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
+# Classes whose subclasses have short names in a configuration.
+SEAMS = (
+    AdvantageEstimator,
+    DriftEstimator,
+    ForgettingRule,
+    PolicyLoss,
+    PromptWeights,
+    Reward,
+    RolloutEngine,
+    ValueStart,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
 
-class _NoAdvertisements(logging.Filter):
+
+class _Quiet(logging.Filter):
+    """Drops what says nothing about the run: an advertisement, and the end of the only epoch."""
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return "Tip:" not in record.getMessage()
+        message = record.getMessage()
+        return not ("Tip:" in message or message.startswith("`Trainer.fit` stopped: `max_epochs=1`"))
 
 
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_NoAdvertisements())
-# torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer
-warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+def _quiet() -> None:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    transformers.utils.logging.disable_progress_bar()
+    # torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+    # a run without benchmarks
+    warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero")
 
 
 class SPOArgumentParser(LightningArgumentParser):
@@ -50,17 +79,28 @@ class SPOArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        print(f"error: {message}{self._suggestion(message)}", file=sys.stderr)
+        print(f"error: {message}{_suggestion(message, parser)}", file=sys.stderr)
         print(f"every key: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
         self.exit(2)
 
-    def _suggestion(self, message: str) -> str:
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
-        if unknown is None:
-            return ""
-        key = unknown.group(1) or unknown.group(2)
-        matches = difflib.get_close_matches(key, [action.dest for action in self._actions], n=3)
-        return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
+
+def _suggestion(message: str, parser: Any) -> str:
+    """The keys, or the classes, that were probably meant; empty when nothing is close."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+    wrong_class = re.search(r"Expected a dot import path string: (\w+)", message)
+    if unknown:
+        meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
+    elif wrong_class:
+        meant, known = wrong_class.group(1), sorted({name for base in SEAMS for name in _class_names(base)})
+    else:
+        return ""
+    matches = difflib.get_close_matches(meant, known, n=3)
+    return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
+
+
+def _class_names(base: type) -> list[str]:
+    children = base.__subclasses__()
+    return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
 
 
 class LogConfig(SaveConfigCallback):
@@ -68,14 +108,16 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the YAML as an artifact and its leaves as hyper-parameters."""
-        if isinstance(trainer.logger, SPOMLFlowLogger):
-            trainer.logger.log_config(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, SPOMLFlowLogger):
+                logger.log_config(self.parser.dump(self.config, skip_none=False))
 
 
 class SPOCLI(LightningCLI):
     """``spo fit | validate | test | estimate | export``."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        _quiet()
         super().__init__(
             SPOModule,
             SPODataModule,
@@ -130,16 +172,24 @@ class SPOCLI(LightningCLI):
             _fail(str(error))
 
     def after_instantiate_classes(self) -> None:
-        """Tell the logger where the run's files are."""
-        if isinstance(self.trainer.logger, SPOMLFlowLogger):
-            self.trainer.logger.attach(self.trainer.default_root_dir)
+        """Tell the loggers where the run's files are."""
+        for logger in self._mlflow_loggers:
+            logger.attach(self.trainer.default_root_dir)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the job; what the configuration got wrong ends it with a message instead of a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (ConfigError, MisconfigurationException) as error:
+            _fail(str(error))
 
     def before_fit(self) -> None:
-        """Resume where the checkpoint's run stopped, or move an older run's checkpoints out of the way."""
+        """Refuse what cannot work before anything starts; find the checkpoint to resume from."""
+        if self.trainer.world_size > 1:
+            _fail(f"training on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1")
+        self._lock_folder()
         self._load_data("fit")
-        path = self._resolve_checkpoint()
-        if path is None and (aside := self._checkpoints.set_aside(self.trainer)):
-            print(f"checkpoints of an earlier run moved to {aside}; continue it with --ckpt_path {aside}/last.ckpt")
+        self._resolve_checkpoint()
 
     def before_validate(self) -> None:
         """Load the benchmarks, find the checkpoint."""
@@ -163,6 +213,22 @@ class SPOCLI(LightningCLI):
     def _checkpoints(self) -> IterationCheckpoint:
         return self._get(self.config_init, "checkpoint")
 
+    @property
+    def _mlflow_loggers(self) -> list[SPOMLFlowLogger]:
+        return [logger for logger in self.trainer.loggers if isinstance(logger, SPOMLFlowLogger)]
+
+    def _lock_folder(self) -> None:
+        """Keep a second run out of this run's folder; the lock goes with the process, however it ends."""
+        root = Path(self.trainer.default_root_dir)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = (root / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _fail(f"another run is using {root}; wait for it, or choose another trainer.default_root_dir")
+        except OSError as error:
+            _fail(f"cannot write to trainer.default_root_dir {root}: {error}")
+
     def _load_data(self, stage: str) -> None:
         """Read the data before anything else: a mistake in them costs seconds and ends with a message."""
         try:
@@ -170,11 +236,13 @@ class SPOCLI(LightningCLI):
         except (ValueError, OSError) as error:
             _fail(str(error))
 
-    def _resolve_checkpoint(self, required: bool = False) -> Path | None:
+    def _resolve_checkpoint(self, required: bool = False) -> None:
         """Turn ``--ckpt_path last`` into a file, and go on in the MLflow run that wrote it."""
         asked = self._get(self.config_init, "ckpt_path")
         if asked is None:
-            return None
+            if required:
+                print(f"no --ckpt_path: this is the initial policy {self.model.policy_config.path}")
+            return
         path: Path | None = Path(asked)
         if asked == "last":
             last = self._checkpoints.find_last(self.trainer)
@@ -187,9 +255,8 @@ class SPOCLI(LightningCLI):
         elif not Path(asked).exists():
             _fail(f"--ckpt_path {asked} does not exist; give a file, or last")
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
-        if path is not None and isinstance(self.trainer.logger, SPOMLFlowLogger):
-            self.trainer.logger.resume_from(self.trainer.default_root_dir)
-        return path
+        for logger in self._mlflow_loggers if path is not None else []:
+            logger.resume_from(self.trainer.default_root_dir)
 
 
 def _fail(message: str) -> NoReturn:

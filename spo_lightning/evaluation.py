@@ -16,7 +16,7 @@ from spo_lightning.rollouts.collector import Rollout
 class BenchmarkEvaluator:
     """Collects the completions of one benchmark into avg@k, pass@k and maj@k.
 
-    A completion whose grade is undecided counts as wrong and is reported under ``undecided_ratio``.
+    A completion whose grade is undecided counts as reward 0 and is reported under ``undecided_ratio``.
 
     Args:
         num_samples: completions per problem.

@@ -112,7 +112,9 @@ def scatter_tokens(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
         (N, T) float32, 0 where the mask is False.
     """
     flat = torch.cat(tuple(values)).to(completion_mask.device, torch.float32)
-    return torch.zeros(completion_mask.shape, device=flat.device).masked_scatter(completion_mask, flat)
+    return torch.zeros(completion_mask.shape, dtype=torch.float32, device=flat.device).masked_scatter(
+        completion_mask, flat
+    )
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

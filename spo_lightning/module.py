@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -24,16 +26,17 @@ from spo_lightning.algorithms import (
     PolicyLoss,
     PPOClipLoss,
     TrajectoryNormalized,
-    truncate_completion,
 )
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.value_start import ValueRow
+from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkEvaluator
-from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
+from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.iteration_metrics import completion_records, learning_metrics, rollout_metrics, timing_metrics
 from spo_lightning.learner import MicroBatching, accumulate_gradient, score
 from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.policy import PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
+from spo_lightning.preparation import prepare
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.collector import Rollout, RolloutCollector
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
@@ -119,6 +122,7 @@ class SPOModule(LightningModule):
         self.guard = NonFiniteGuard(max_skipped_steps)
         self.stages = StageTimer()
         self.completions_seen = 0
+        self.policy_version = 0
         self.exported_path: Path | None = None
         self._collector: RolloutCollector | None = None
         self._evaluators: dict[str, BenchmarkEvaluator] = {}
@@ -134,11 +138,12 @@ class SPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
         optimizer = self.optimizer_factory(self.policy.parameters())
+        self._configured_lr = optimizer.param_groups[0]["lr"]
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
+            raise ConfigError(
                 "lr_scheduler is ReduceLROnPlateau, which needs a monitored metric; take one that goes by steps"
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -148,29 +153,57 @@ class SPOModule(LightningModule):
         if stage != "fit":
             return
         if self.trainer.world_size > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"training on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1"
             )
         if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(
+            raise ConfigError(
                 f"trainer.precision is {self.trainer.precision}; scaled fp16 gradients hide what is not finite, "
                 "use bf16-mixed or 32"
+            )
+        if self.trainer.max_steps != -1:
+            raise ConfigError(
+                f"trainer.max_steps is {self.trainer.max_steps}; it counts optimiser steps and would end a run inside "
+                "an iteration, set data.num_iterations instead"
             )
 
     def on_fit_start(self) -> None:
         """Check the longest possible sequence against the micro-batch, and start the engine."""
         longest = self.trainer.datamodule.max_prompt_tokens + self.sampling.max_tokens  # type: ignore[attr-defined]
         if longest > self.micro_batch_tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"data.max_prompt_tokens + sampling.max_tokens is {longest}, more than "
                 f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of the two"
             )
-        self._check_references("training prompts", self.trainer.datamodule.dataset)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._check_references({"train": data.dataset, **data.benchmark_prompts})
+        if self.policy_config.dtype == "bfloat16":
+            rank_zero_warn(
+                "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
+                "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
+            )
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            rank_zero_warn(
+                f"model.sampling has top_p {self.sampling.top_p} and top_k {self.sampling.top_k}: completions come "
+                "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
+            )
         self._start_engine()
 
-    def on_predict_start(self) -> None:
-        """Start the engine with the present weights."""
-        self._push_weights(0)
+    def on_validation_start(self) -> None:
+        """Check the benchmarks' answers; during ``fit`` that has been done."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_references(self.trainer.datamodule.benchmark_prompts)  # type: ignore[attr-defined]
+
+    on_test_start = on_validation_start
+
+    def on_train_start(self) -> None:
+        """Say so when a resumed optimizer keeps a learning rate that the configuration has changed."""
+        restored = cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"]
+        if self.lr_scheduler_factory is None and restored != self._configured_lr:
+            rank_zero_warn(
+                f"the checkpoint's learning rate {restored} goes on; the configured {self._configured_lr} is not used. "
+                "For a new one, export the policy and start a new run from it"
+            )
 
     def teardown(self, stage: str) -> None:
         """Release engine and graders."""
@@ -187,6 +220,16 @@ class SPOModule(LightningModule):
         """Take the counters back."""
         self.guard.load_state_dict(checkpoint["spo"]["guard"])
         self.completions_seen = checkpoint["spo"]["completions_seen"]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._reopen_finished_run(checkpoint)
+
+    def _reopen_finished_run(self, checkpoint: dict[str, Any]) -> None:
+        """Let a run go on whose ``num_iterations`` was raised: Lightning noted that its last batch had been seen."""
+        done = checkpoint["SPODataModule"]["sampler"]["iteration"]
+        wanted = self.trainer.datamodule.num_iterations  # type: ignore[attr-defined]
+        if done >= wanted:
+            raise ConfigError(f"the checkpoint has done {done} iterations; raise data.num_iterations={wanted} to go on")
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def export(self, directory: str | Path) -> Path:
         """Write the policy as a Hugging Face folder; returns its path."""
@@ -206,7 +249,8 @@ class SPOModule(LightningModule):
         seed_iteration(self.seed, batch.iteration, self.global_rank)
         seeds = [derive_seed(self.seed, SeedStream.ROLLOUT, batch.iteration, row) for row in range(len(batch.prompts))]
         with self.stages("rollout"):
-            self._push_weights(batch.iteration)
+            self.policy_version = batch.iteration
+            self._push_weights()
             completions = self.collector.generate(batch.prompts, self.sampling, seeds)
         with self.stages("reward"):
             rollouts = self.collector.grade(batch.prompts, completions)
@@ -215,7 +259,9 @@ class SPOModule(LightningModule):
         outcome, advantages = _empty_outcome(), torch.empty(0, dtype=torch.float64)
         if decided:
             with self.stages("score"):
-                outcome, experience = self._learnable(batch, rollouts, decided)
+                outcome, experience = prepare(
+                    batch, rollouts, decided, self.score, self.advantage, self.drift, self.drift_max_tokens
+                )
             advantages = experience.advantages
             sampled = [completions[row].sampling_logprobs[completions[row].completion_mask] for row in decided]
             metrics |= learning_metrics(
@@ -223,6 +269,7 @@ class SPOModule(LightningModule):
             )
             with self.stages("update"):
                 metrics |= self._update(experience, batch.iteration)
+            self.policy_version = batch.iteration + 1
         self.completions_seen += len(completions)
         tokens = sum(completion.num_sampled for completion in completions)
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
@@ -230,45 +277,9 @@ class SPOModule(LightningModule):
         by_row = dict(zip(decided, advantages.tolist(), strict=True))
         return {"outcome": outcome, "records": completion_records(batch.iteration, rollouts, batch.baseline, by_row)}
 
-    def _learnable(
-        self, batch: PromptBatch, rollouts: Sequence[Rollout], decided: Sequence[int]
-    ) -> tuple[Outcome, Experience]:
-        """Score new and stored completions in one pass; build what the tracker and the update need."""
-        kept = [rollouts[row] for row in decided]
-        sequences = tuple(TokenSequence.join(rollout.prompt, rollout.completion) for rollout in kept)
-        previous = {
-            batch.prompts[row].index: (batch.prompts[row], stored)
-            for row in decided
-            if (stored := batch.previous[row]) is not None
-        }
-        stored_sequences = [TokenSequence.join(prompt, stored) for prompt, stored in previous.values()]
-        logprobs = score(self.policy, [*sequences, *stored_sequences], self.micro_batching)
-        old_logprobs, acting = tuple(logprobs[: len(kept)]), logprobs[len(kept) :]
-
-        index = torch.tensor([rollout.prompt.index for rollout in kept])
-        reward = torch.tensor([cast(float, rollout.grade.value) for rollout in kept], dtype=torch.float64)
-        lengths = torch.tensor([rollout.completion.num_sampled for rollout in kept])
-        advantages = self.advantage(reward, batch.baseline[list(decided)], lengths)
-        drift_of = dict(
-            zip(previous, self._drift([stored.logprobs for _, stored in previous.values()], acting), strict=True)
-        )
-        drift = torch.tensor([drift_of.get(i, 0.0) for i in index.tolist()], dtype=torch.float64)
-        history = tuple(
-            truncate_completion(
-                completion.token_ids,
-                completion.completion_mask,
-                scatter_tokens([old], completion.completion_mask),
-                self.drift_max_tokens,
-            )
-            for completion, old in zip((rollout.completion for rollout in kept), old_logprobs, strict=True)
-        )
-        return Outcome(index, reward, drift, history), Experience(sequences, old_logprobs, advantages)
-
-    def _drift(self, stored: Sequence[Tensor], acting: Sequence[Tensor]) -> list[float]:
-        if not stored:
-            return []
-        lengths = torch.tensor([len(values) for values in stored])
-        return self.drift(torch.cat(tuple(acting)), torch.cat(tuple(stored)), lengths).tolist()
+    def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """Log-probability of every sampled token under the present policy; see ``learner.score``."""
+        return score(self.policy, sequences, self.micro_batching)
 
     def _update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Several optimiser steps, each on its own part of the batch; metrics are means over the steps taken."""
@@ -280,13 +291,17 @@ class SPOModule(LightningModule):
             minibatch = experience.select(rows.tolist())
             optimizer.zero_grad()
             metrics = accumulate_gradient(self.policy, self.loss, minibatch, self.micro_batching, self.manual_backward)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
+            parameters = [p for p in self.policy.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
             metrics["policy/grad_norm"] = norm.item()
+            metrics["optimizer/lr"] = optimizer.param_groups[0]["lr"]
             name = f"iteration-{iteration:06d}-step-{step:02d}"
             dumps = Path(self.trainer.default_root_dir) / "nonfinite"
             if self.guard.admit(
                 metrics["policy/loss"], metrics["policy/grad_norm"], self.policy, minibatch, dumps, name
             ):
+                if self.max_grad_norm is not None:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
                 optimizer.step()
                 for key, value in metrics.items():
                     taken[key].append(value)
@@ -296,14 +311,13 @@ class SPOModule(LightningModule):
         return {
             **{key: sum(values) / len(values) for key, values in taken.items()},
             "policy/skipped_steps": float(self.guard.skipped),
-            "optimizer/lr": optimizer.param_groups[0]["lr"],
         }
 
     # Benchmarks and the tracker's start
 
     def on_validation_epoch_start(self) -> None:
         """Make ready to answer benchmarks with the present policy."""
-        self._push_weights(self.trainer.global_step)
+        self._push_weights()
         benchmarks = self.trainer.datamodule.benchmarks  # type: ignore[attr-defined]
         self._evaluators = {
             name: BenchmarkEvaluator(benchmark.num_samples, self.device) for name, benchmark in benchmarks.items()
@@ -383,19 +397,21 @@ class SPOModule(LightningModule):
             )
             self._collector = RolloutCollector(self.engine, self.reward)
 
-    def _check_references(self, what: str, dataset: PromptDataset) -> None:
+    def _check_references(self, datasets: Mapping[str, PromptDataset]) -> None:
         """Refuse gold answers that no completion could match."""
-        bad = self.reward.check_references(dataset.references)
-        if bad:
-            shown = ", ".join(f"{dataset.ids[i]} ({dataset.references[i]!r})" for i in bad[:5])
-            raise ValueError(
-                f"{len(bad)} of {len(dataset)} {what} have a reference answer that {type(self.reward).__name__} cannot "
-                f"read: {shown}{', ...' if len(bad) > 5 else ''}; correct them, or take another reward"
-            )
+        for name, dataset in datasets.items():
+            bad = self.reward.check_references(dataset.references)
+            if bad:
+                shown = ", ".join(f"{dataset.ids[i]} ({dataset.references[i]!r})" for i in bad[:5])
+                raise ConfigError(
+                    f"{len(bad)} of {len(dataset)} prompts of {name} have a reference answer that "
+                    f"{type(self.reward).__name__} cannot read: {shown}{', ...' if len(bad) > 5 else ''}; correct "
+                    "them, or take another reward"
+                )
 
-    def _push_weights(self, version: int) -> None:
+    def _push_weights(self) -> None:
         weights = ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
-        self.collector.engine.update_weights(weights, version)
+        self.collector.engine.update_weights(weights, self.policy_version)
 
 
 def _empty_outcome() -> Outcome:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spo_lightning.algorithms import selected_logprobs
-
-# Configuration entries that change the logits after the head; the head is applied here, so they would be missed.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+from spo_lightning.errors import ConfigError
 
 
 @dataclass
@@ -46,19 +44,10 @@ class Policy(nn.Module):
 
     Args:
         model: a Transformers causal language model.
-
-    Raises:
-        ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        transforms = {n: v for n in _LOGIT_TRANSFORMS if (v := getattr(model.config, n, None)) not in (None, 1.0)}
-        if transforms:
-            raise ValueError(
-                f"the model transforms its logits after the head ({transforms}); log-probabilities would be wrong. "
-                "Use a model without it, such as Qwen3 or Llama"
-            )
         self.model = model
 
     @property
@@ -98,7 +87,11 @@ def load_policy(config: PolicyConfig) -> Policy:
     """Load the model of ``config`` for training, in training mode and with every dropout of its configuration off.
 
     Dropout would make the log-probabilities of two passes over the same completion differ.
+
+    Raises:
+        ValueError: the model changes its logits after the head.
     """
+    _require_model_path(config.path)
     architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
     for name in architecture.to_dict():
         if name.endswith(("dropout", "pdrop", "dropout_prob")):
@@ -112,7 +105,30 @@ def load_policy(config: PolicyConfig) -> Policy:
     ).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _require_plain_head(model)
     return Policy(model)
+
+
+def _require_model_path(path: str) -> None:
+    """Refuse a folder that is not there before it is taken for a hub name, which has at most one slash."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ConfigError(
+            f"there is no folder {path} (looked in {Path.cwd()}); run from the folder that the path starts in, give an "
+            "absolute path, or a hub name of the form org/name"
+        )
+
+
+@torch.no_grad()
+def _require_plain_head(model: Any) -> None:
+    """Refuse a model whose logits are not just its output embedding applied to the last hidden state."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(plain, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"{type(model).__name__} transforms its logits after the head (soft-capping or scaling); log-probabilities "
+            "would be wrong. Use a model without it, such as Qwen3 or Llama"
+        )
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -121,9 +137,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     Raises:
         ValueError: it has no end-of-sequence token, so no completion could end.
     """
+    _require_model_path(path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
+        raise ConfigError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
 
 
@@ -140,6 +157,8 @@ def export_policy(policy: Policy, tokenizer: Any, directory: str | os.PathLike[s
     The folder appears whole or not at all; an older one of the same name is replaced once the new one is complete.
     """
     target = Path(directory)
+    if target.exists() and not (target / "config.json").exists():
+        raise ConfigError(f"{target} exists and is no exported model, so it is not replaced; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (fresh, old):

@@ -61,8 +61,12 @@ class SPOTrainer(Trainer):
             output: file to write, ``.parquet`` or ``.jsonl``; give it to ``fit`` as ``data.value_start``.
             num_samples: completions per prompt, n0 in the paper.
         """
+        datamodule.setup("predict")
         settings = {
-            "policy": model.policy_config.path,
+            "policy": [model.policy_config.path, model.policy_config.revision],
+            "prompts": datamodule.dataset.fingerprint,
+            "reward": type(model.reward).__qualname__,
+            **{f"reward.{k}": v for k, v in vars(model.reward).items() if isinstance(v, bool | int | float | str)},
             "sampling": asdict(model.sampling),
             "num_samples": num_samples,
             "seed": model.seed,

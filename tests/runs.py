@@ -42,6 +42,12 @@ def write_prompts(path: Path, count: int = 8) -> str:
     return str(path)
 
 
+def write_inputs(folder: Path) -> None:
+    """Policy and prompts where ``make_run`` looks for them."""
+    write_policy(folder / "start")
+    write_prompts(folder / "train.jsonl")
+
+
 class Recorder(Callback):
     """Keeps every iteration's batch, outcome, records and metrics."""
 
@@ -69,8 +75,7 @@ def make_run(
     """Trainer, module and data module of a small run under ``folder``."""
     policy = str(folder / "start")
     if not Path(policy).exists():
-        write_policy(Path(policy))
-        write_prompts(folder / "train.jsonl")
+        write_inputs(folder)
     settings: dict[str, Any] = {
         "tokenizer_path": policy,
         "num_iterations": 3,

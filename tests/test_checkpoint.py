@@ -7,9 +7,12 @@ import time
 
 import pytest
 import torch
-from runs import Recorder, make_run
+from lightning.pytorch import Callback
 
+from runs import Recorder, make_run, write_inputs
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
+from spo_lightning.data import Benchmark, DrawValues, PromptSource
+from spo_lightning.errors import ConfigError
 
 
 def save_forever(path: str) -> None:
@@ -54,16 +57,103 @@ def test_files_are_named_by_iterations_done_and_the_newest_are_kept(tmp_path):
     assert torch.load(folder / "iteration-000006.ckpt", weights_only=True)["SPODataModule"]["sampler"]["iteration"] == 6
 
 
-def test_a_new_run_moves_old_checkpoints_aside(tmp_path):
-    callback = IterationCheckpoint()
-    trainer, _, _ = make_run(tmp_path, callbacks=[callback], trainer={"enable_checkpointing": True})
-    assert callback.set_aside(trainer) is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "iteration-000001.ckpt").write_text("old")
-    moved = callback.set_aside(trainer)
-    assert (moved / "iteration-000001.ckpt").read_text() == "old"
-    assert not (tmp_path / "checkpoints").exists()
-    assert callback.find_last(trainer) is None
+def fit(folder, iterations: int, ckpt_path=None, keep: int = 2, every: int = 2, **arguments):
+    callback, recorder = IterationCheckpoint(every, keep), Recorder()
+    trainer, module, data = make_run(
+        folder,
+        callbacks=[callback, recorder],
+        data={"num_iterations": iterations, **arguments.pop("data", {})},
+        trainer={"enable_checkpointing": True},
+        **arguments,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return callback, recorder, trainer, module
+
+
+def test_a_new_run_moves_old_checkpoints_aside_and_an_older_one_can_go_on(tmp_path):
+    fit(tmp_path, 6)
+    callback, _, trainer, _ = fit(tmp_path, 2)
+    assert names(tmp_path / "checkpoints") == ["iteration-000002.ckpt", "last.ckpt"]
+    (aside,) = tmp_path.glob("checkpoints-until-*")
+    assert names(aside) == ["iteration-000004.ckpt", "iteration-000006.ckpt", "last.ckpt"]
+    assert callback.find_last(trainer).name == "iteration-000002.ckpt"
+    time.sleep(1.1)  # the name of the next folder is the second it is made in
+    callback, recorder, trainer, _ = fit(tmp_path, 6, ckpt_path=str(aside / "iteration-000004.ckpt"))
+    assert [batch.iteration for batch in recorder.batches] == [4, 5]
+    assert callback.find_last(trainer).name == "iteration-000006.ckpt"
+    assert len(list(tmp_path.glob("checkpoints-until-*"))) == 2
+
+
+def test_a_run_that_fails_to_start_moves_nothing(tmp_path):
+    fit(tmp_path, 2)
+    before = names(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError):
+        fit(tmp_path, 2, micro_batch_tokens=20)
+    assert names(tmp_path / "checkpoints") == before
+
+
+def test_the_newest_checkpoint_is_found_without_its_link(tmp_path):
+    callback, _, trainer, _ = fit(tmp_path, 4)
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    assert callback.find_last(trainer).name == "iteration-000004.ckpt"
+
+
+@pytest.mark.parametrize("schedule", [None, lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 16)])
+def test_a_finished_run_goes_on_when_its_iterations_are_raised(tmp_path, schedule):
+    last = str(tmp_path / "a/checkpoints/last.ckpt")
+    for folder in ("a", "b"):
+        write_inputs(tmp_path / folder)
+    fit(tmp_path / "a", 4, lr_scheduler=schedule)
+    _, recorder, _, longer = fit(tmp_path / "a", 7, ckpt_path=last, lr_scheduler=schedule)
+    assert [batch.iteration for batch in recorder.batches] == [4, 5, 6]
+    _, _, _, whole = fit(tmp_path / "b", 7, lr_scheduler=schedule)
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(value, longer.policy.state_dict()[name])
+    with pytest.raises(ConfigError, match="has done 7 iterations; raise data.num_iterations=7"):
+        fit(tmp_path / "a", 7, ckpt_path=last, lr_scheduler=schedule)
+
+
+def test_a_drawn_start_is_saved_before_the_first_iteration(tmp_path):
+    _, whole, _, module = fit(tmp_path, 3, data={"value_start": DrawValues(2)}, keep=9)
+    start = str(tmp_path / "checkpoints" / "iteration-000000.ckpt")
+    _, recorder, _, resumed = fit(tmp_path, 3, data={"value_start": DrawValues(2)}, ckpt_path=start)
+    for ours, theirs in zip(recorder.batches, whole.batches, strict=True):
+        assert ours.baseline.tolist() == theirs.baseline.tolist()
+    for name, value in module.policy.state_dict().items():
+        assert torch.equal(value, resumed.policy.state_dict()[name])
+
+
+class Interrupts(Callback):
+    def on_validation_start(self, trainer, module):
+        raise RuntimeError("pulled the plug")
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path):
+    """The checkpoint of an iteration that a validation follows is saved after it."""
+    write_inputs(tmp_path)
+    source = PromptSource(str(tmp_path / "train.jsonl"), id_column="id", max_rows=2)
+    settings = {"num_iterations": 4, "benchmarks": {"a": Benchmark(source, 1)}}
+    validating = {"enable_checkpointing": True, "val_check_interval": 2}
+    trainer, module, data = make_run(
+        tmp_path, callbacks=[IterationCheckpoint(1), Interrupts()], data=settings, trainer=validating
+    )
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer.fit(module, data)
+    assert names(tmp_path / "checkpoints") == ["iteration-000001.ckpt", "last.ckpt"]
+    recorder, again = Recorder(), Recorder()
+    trainer, module, data = make_run(
+        tmp_path, callbacks=[IterationCheckpoint(1, keep=9), recorder], data=settings, trainer=validating
+    )
+    trainer.fit(module, data, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert [batch.iteration for batch in recorder.batches] == [1, 2, 3]
+    assert "val/a/avg_at_1" in trainer.callback_metrics
+    trainer, other, data = make_run(
+        tmp_path, callbacks=[again], data=settings, trainer={**validating, "enable_checkpointing": False}
+    )
+    trainer.fit(other, data, ckpt_path=str(tmp_path / "checkpoints" / "iteration-000002.ckpt"))
+    assert [batch.iteration for batch in again.batches] == [2, 3]
+    for name, value in module.policy.state_dict().items():
+        assert torch.equal(value, other.policy.state_dict()[name])
 
 
 @pytest.mark.parametrize("schedule", [None, lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 8)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import make_char_tokenizer, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.experience import Experience, TokenSequence, pad
@@ -117,11 +117,21 @@ def test_a_tool_token_has_no_gradient_of_its_own(policy, sequences):
         assert torch.equal(first, second)
 
 
-def test_models_that_transform_logits_after_the_head_are_refused():
-    model = make_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        Policy(model)
+def test_models_that_transform_logits_after_the_head_are_refused(tmp_path):
+    config = Gemma2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=1.0,
+        final_logit_softcapping=5.0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM transforms its logits"):
+        load_policy(PolicyConfig(str(tmp_path), attn_implementation="eager"))
 
 
 def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences):

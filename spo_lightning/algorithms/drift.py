@@ -31,7 +31,8 @@ class DriftEstimator(ABC):
             lengths: (B,) int64, tokens of each completion, adding up to S; 0 for a prompt without history.
 
         Returns:
-            (B,) float64, nats per token, not negative; 0 where the length is 0.
+            (B,) float64, nats per token, not negative; 0 where the length is 0, infinite where a log-probability is not
+            finite, so that such a past is forgotten as fast as the rule allows.
 
         Raises:
             ValueError: shapes do not fit together, or the lengths are negative or do not add up to S.
@@ -118,4 +119,5 @@ def _log_ratio(acting_logprobs: Tensor, stored_logprobs: Tensor, lengths: Tensor
 def _mean_per_completion(token_values: Tensor, lengths: Tensor) -> Tensor:
     completion = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     total = torch.zeros(len(lengths), dtype=torch.float64, device=token_values.device)
-    return total.index_add_(0, completion, token_values) / lengths.clamp(min=1)
+    mean = total.index_add_(0, completion, token_values) / lengths.clamp(min=1)
+    return mean.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
+from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.data.value_start import DrawValues
 from spo_lightning.types import PromptBatch
 
 LAST = "last.ckpt"
@@ -31,18 +33,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class IterationCheckpoint(Checkpoint):
     """Saves a checkpoint every few iterations and after the last one.
 
     Lightning's own ``ModelCheckpoint`` counts optimiser steps, whose number per iteration varies. Files are named
-    ``iteration-000040.ckpt`` after the iterations done; ``last.ckpt`` is a link to the newest.
+    ``iteration-000040.ckpt`` after the iterations done; ``last.ckpt`` is a link to the newest. A start that the run
+    drew itself is saved before the first iteration. When an iteration is followed by a validation, the checkpoint is
+    saved after it, so that a resumed run misses none.
 
     Args:
         every_n_iterations: iterations between checkpoints.
@@ -63,6 +70,7 @@ class IterationCheckpoint(Checkpoint):
         self.keep = keep
         self.dirpath = dirpath
         self.last_model_path = ""
+        self._due_after_validation: int | None = None
 
     def directory(self, trainer: Trainer) -> Path:
         """Where the checkpoints of this run are."""
@@ -71,22 +79,28 @@ class IterationCheckpoint(Checkpoint):
     def find_last(self, trainer: Trainer) -> Path | None:
         """The newest checkpoint, or ``None``."""
         last = self.directory(trainer) / LAST
-        return last.resolve() if last.exists() else None
+        if last.exists():
+            return last.resolve()
+        return max(self.directory(trainer).glob("iteration-*.ckpt"), default=None)
 
-    def set_aside(self, trainer: Trainer) -> Path | None:
-        """Move an earlier run's checkpoints out of the way; returns where to, ``None`` if there were none."""
+    def _set_aside(self, trainer: Trainer) -> None:
+        """Move another run's checkpoints out of the way, at the first save and not before: a run may fail to start."""
         directory = self.directory(trainer)
-        if not any(directory.glob("*.ckpt")):
-            return None
+        resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == directory.resolve()
+        if resumed or not any(directory.glob("*.ckpt")):
+            return
         target = directory.with_name(f"{directory.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
         directory.rename(target)
-        return target
+        rank_zero_info(f"checkpoints of an earlier run moved to {target}; continue it with --ckpt_path {target}/{LAST}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sweep what a killed run left half-written."""
+        """Sweep what a killed run left half-written; save a start that was expensive to draw."""
         if trainer.is_global_zero:
             for leftover in self.directory(trainer).glob("*.partial"):
                 leftover.unlink()
+        data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        if isinstance(data.value_start, DrawValues) and data.sampler.iteration == 0:
+            self._save(trainer, 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -94,9 +108,20 @@ class IterationCheckpoint(Checkpoint):
         """Save when it is time; all state of the iteration is final here."""
         done = batch.iteration + 1
         if done % self.every_n_iterations == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            if trainer.enable_validation and done % trainer.val_check_interval == 0:
+                self._due_after_validation = done
+            else:
+                self._save(trainer, done)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation."""
+        if self._due_after_validation is not None:
+            done, self._due_after_validation = self._due_after_validation, None
             self._save(trainer, done)
 
     def _save(self, trainer: Trainer, done: int) -> None:
+        if not self.last_model_path and trainer.is_global_zero:
+            self._set_aside(trainer)
         path = self.directory(trainer) / f"iteration-{done:06d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = str(path)
@@ -105,8 +130,6 @@ class IterationCheckpoint(Checkpoint):
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             link.replace(path.with_name(LAST))
-            saved = sorted(
-                p for p in path.parent.glob("iteration-*.ckpt") if re.fullmatch(r"iteration-\d+\.ckpt", p.name)
-            )
-            for old in saved[: -self.keep]:
+            earlier = [saved for saved in path.parent.glob("iteration-*.ckpt") if saved.name <= path.name]
+            for old in sorted(earlier)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
+from spo_lightning.algorithms import Smoothing
 from spo_lightning.data.datamodule import SPODataModule
-from spo_lightning.data.value_start import DrawValues, StartValues
+from spo_lightning.data.value_start import DrawValues, StartValues, ValueRow
 from spo_lightning.module import SPOModule
 from spo_lightning.types import PromptBatch
 
@@ -29,6 +31,7 @@ class ValueTrackerCallback(Callback):
         rows = []
         for batch in tqdm(batches, desc="drawing start values", disable=None):
             values = module.estimate_values(batch)
+            _check_range(values, data.smoothing)
             rows += [(prompt.index, row.n, row.reward_sum) for prompt, row in zip(batch.prompts, values, strict=True)]
         data.initialize_values(StartValues.from_rows(rows, len(data.dataset)))
 
@@ -39,3 +42,13 @@ class ValueTrackerCallback(Callback):
         data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
         metrics = data.observe(outputs["outcome"])
         pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+
+
+def _check_range(rows: Sequence[ValueRow], smoothing: Smoothing) -> None:
+    """Refuse rewards that the tracker's start cannot take at the first batch, not after the last."""
+    outside = [row for row in rows if not 0 <= row.reward_sum <= row.n]
+    if smoothing == "jeffreys" and outside:
+        raise ValueError(
+            f"prompt {outside[0].id} has a reward sum of {outside[0].reward_sum} over {outside[0].n} completions; "
+            "Jeffreys' prior needs rewards in [0, 1], set data.smoothing to none"
+        )

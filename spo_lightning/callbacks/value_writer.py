@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spo_lightning.data.value_start import ValueRow, write_values
+from spo_lightning.errors import ConfigError
 
 
 class ValueWriter(Callback):
@@ -27,7 +28,7 @@ class ValueWriter(Callback):
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
         if output.suffix not in (".parquet", ".jsonl"):
-            raise ValueError(f"output is {output}; a value file ends in .parquet or .jsonl")
+            raise ConfigError(f"output is {output}; a value file ends in .parquet or .jsonl")
         self.output = output
         self.partial = output.with_name(f"{output.name}.partial")
         self.settings = settings
@@ -43,7 +44,7 @@ class ValueWriter(Callback):
             return []
         whole = self.partial.read_text().rpartition("\n")[0].splitlines()
         if not whole or json.loads(whole[0]) != self.settings:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.partial} was drawn under other settings ({whole[0] if whole else 'none'}) than now "
                 f"({json.dumps(self.settings)}); delete it, or choose another output"
             )

@@ -28,6 +28,8 @@ from spo_lightning.data.prompt_sampler import PrioritizedBatchSampler
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.training_stream import TrainingStream
 from spo_lightning.data.value_start import DrawValues, PriorStart, StartValues, ValueStart
+from spo_lightning.errors import ConfigError
+from spo_lightning.policy import load_tokenizer
 from spo_lightning.types import Outcome
 
 if TYPE_CHECKING:
@@ -104,10 +106,7 @@ class SPODataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.value_start = value_start
         self.smoothing: Smoothing = smoothing
-        self._tokenizer_name = {
-            "pretrained_model_name_or_path": tokenizer_path,
-            "revision": tokenizer_revision or "main",
-        }
+        self._tokenizer_name = (tokenizer_path, tokenizer_revision)
         self._format_options: dict[str, Any] = {
             "instruction": instruction,
             "system_prompt": system_prompt,
@@ -118,7 +117,7 @@ class SPODataModule(LightningDataModule):
             ValueTracker, forgetting=forgetting, initial_effective_count=initial_effective_count
         )
         self._new_sampler = partial(PrioritizedBatchSampler, prompt_weights, batch_size, completions_per_prompt, seed)
-        self._benchmark_prompts: dict[str, PromptDataset] = {}
+        self.benchmark_prompts: dict[str, PromptDataset] = {}
         self._stream: TrainingStream | None = None
         self._pending_state: Mapping[str, Any] | None = None
         self._has_start = False
@@ -171,16 +170,14 @@ class SPODataModule(LightningDataModule):
             raise ValueError(f"benchmarks is empty; {stage} needs at least one: set data.benchmarks")
         if stage != "predict":
             for name, benchmark in self.benchmarks.items():
-                if name not in self._benchmark_prompts:
-                    self._benchmark_prompts[name] = self._load(name, benchmark.source)
+                if name not in self.benchmark_prompts:
+                    self.benchmark_prompts[name] = self._load(name, benchmark.source)
         if stage == "fit":
             self._begin_run()
 
     def _load(self, name: str, source: PromptSource) -> PromptDataset:
         if not hasattr(self, "tokenizer"):
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(**self._tokenizer_name)
+            self.tokenizer = load_tokenizer(*self._tokenizer_name)
             self._formatter = PromptFormatter(self.tokenizer, **self._format_options)
         dataset = load_prompts(source, self._formatter, self.max_prompt_tokens)
         if dataset.num_merged:
@@ -269,7 +266,7 @@ class SPODataModule(LightningDataModule):
     def benchmark_batches(self) -> list[ShardedPromptLoader]:
         """This process's share of each benchmark, in the order of ``benchmarks``."""
         return [
-            self._share(name, self._benchmark_prompts[name], benchmark.num_samples, benchmark.problems_per_batch)
+            self._share(name, self.benchmark_prompts[name], benchmark.num_samples, benchmark.problems_per_batch)
             for name, benchmark in self.benchmarks.items()
         ]
 
@@ -301,7 +298,7 @@ class SPODataModule(LightningDataModule):
             ValueError: the trainer would run several epochs.
         """
         if self.trainer is not None and self.trainer.max_epochs != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"trainer.max_epochs is {self.trainer.max_epochs}; one epoch holds all iterations of a run, "
                 f"num_iterations={self.num_iterations} of them: set max_epochs to 1"
             )

@@ -90,10 +90,10 @@ class PromptDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all ids in order: two data sets with the same one have the same prompt under every index."""
+        """Hash of all ids, tokens and references in order: with the same one, every index has the same prompt."""
         digest = hashlib.blake2b(digest_size=16)
-        for prompt_id in self.ids:
-            digest.update(json.dumps(prompt_id).encode() + b"\n")
+        for prompt in self:
+            digest.update(json.dumps([prompt.id, prompt.token_ids, prompt.reference]).encode() + b"\n")
         return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from spo_lightning.algorithms import ValueTracker
 from spo_lightning.data.completion_history import CompletionHistory
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.prompt_sampler import PrioritizedBatchSampler
+from spo_lightning.errors import ConfigError
 from spo_lightning.types import Outcome, PromptBatch
 
 
@@ -87,7 +88,7 @@ class TrainingStream:
             ValueError: the state belongs to another data set; nothing is changed then.
         """
         if state["fingerprint"] != self.dataset.fingerprint:
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint was made with other training prompts ({state['num_prompts']}, fingerprint "
                 f"{state['fingerprint']}) than these ({len(self.dataset)}, fingerprint {self.dataset.fingerprint}); "
                 "resume with the same rows in the same order, the same columns and max_prompt_tokens, or start a new "

@@ -27,7 +27,7 @@ class ValueRow:
         id: ``Prompt.id``.
         prompt: its text, for people who read the file.
         n: completions whose reward is known; 0 leaves the prompt at the prior.
-        reward_sum: sum of their rewards, in [0, n].
+        reward_sum: sum of their rewards.
     """
 
     id: str
@@ -273,8 +273,8 @@ def _checked(row: dict[str, Any], where: str) -> tuple[int, float]:
     num_samples, reward_sum = row["n"], row["reward_sum"]
     if not isinstance(num_samples, int) or num_samples < 0:
         raise ValueError(f"{where}: n is {num_samples!r}; it must be a whole number of samples, 0 or more")
-    if not isinstance(reward_sum, int | float) or not 0 <= reward_sum <= num_samples:
-        raise ValueError(f"{where}: reward_sum is {reward_sum!r} for {num_samples} samples; it must be in [0, n]")
+    if not isinstance(reward_sum, int | float) or not math.isfinite(reward_sum):
+        raise ValueError(f"{where}: reward_sum is {reward_sum!r}; it must be a finite number")
     return num_samples, float(reward_sum)
 
 
