@@ -99,7 +99,7 @@ def _suggestion(message: str, parser: Any) -> str:
 
 
 def _class_names(base: type) -> list[str]:
-    children = base.__subclasses__()
+    children: list[type] = base.__subclasses__()
     return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
 
 

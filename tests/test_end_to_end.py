@@ -1,5 +1,6 @@
 """The program as a user runs it, in processes of its own: fit, kill -9, resume, test, export; and its messages."""
 
+import fcntl
 import json
 import os
 import signal
@@ -175,8 +176,13 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--data.train.prompt_column=question"], ["question", "problem"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "does not exist"]),
         (["--data.benchmarks.arithmetic.num_samples=0"], ["num_samples is 0"]),
+        (["--model.micro_batch_tokens=20"], ["more than micro_batch_tokens=20", "raise model.micro_batch_tokens"]),
+        (["--trainer.devices=2"], ["2 processes is not supported yet"]),
+        (["--model.loss=CISPOLos"], ["Did you mean: CISPOLoss"]),
+        (["--trainer.default_root_dir=/dev/null/x"], ["cannot write to trainer.default_root_dir"]),
+        (["--model.policy.path=some/where/else"], ["no folder some/where/else"]),
     ],
-    ids=["wrong-key", "wrong-class", "missing-file", "missing-column", "missing-checkpoint", "bad-value"],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
 def test_mistakes_end_with_a_message_and_no_traceback(tmp_path, arguments, words):
     done = spo(tmp_path, "fit", *arguments, check=False)
@@ -185,6 +191,36 @@ def test_mistakes_end_with_a_message_and_no_traceback(tmp_path, arguments, words
     assert "Traceback" not in output
     for word in words:
         assert word in output
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = spo(tmp_path, "fit", check=False)
+    assert done.returncode == 2
+    assert "another run is using" in done.stderr
+
+
+def test_a_terminated_run_says_so_to_the_scheduler(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "fit", trace_to(tmp_path)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(read_trace(tmp_path)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--ckpt_path last" in output
+
+
+def test_an_unknown_command_is_answered_at_once():
+    done = subprocess.run([sys.executable, "-m", "spo_lightning", "fot"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean fit?" in done.stderr
 
 
 def test_help_needs_no_heavy_import():

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from runs import Recorder, digit_share, make_run
 
+from runs import Recorder, digit_share, make_run
 from spo_lightning.algorithms import AdvantageEstimator, PPOClipLoss, UniformWeights
 from spo_lightning.experience import TokenSequence
 from spo_lightning.learner import score

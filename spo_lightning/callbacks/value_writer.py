@@ -73,6 +73,10 @@ class ValueWriter(Callback):
             file.writelines(json.dumps(asdict(row)) + "\n" for row in outputs)
         self.rows.extend(outputs)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say that what is done is kept."""
+        print(f"\n{len(self.rows)} prompts are kept in {self.partial}; the same command goes on from there")
+
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the value file and say what is in it."""
         write_values(self.output, self.rows)

@@ -196,6 +196,10 @@ class SPODataModule(LightningDataModule):
             self.dataset, self._new_tracker(num_prompts=len(self.dataset)), self._new_sampler()
         )
         self._has_start = False
+        if self.sampler.num_distinct > len(self.dataset):
+            rank_zero_warn(
+                f"an iteration draws {self.sampler.num_distinct} of {len(self.dataset)} prompts: they repeat in a batch"
+            )
         if self._pending_state is not None:
             self._restore(self._pending_state)
             self._pending_state = None

@@ -37,7 +37,8 @@ class PrioritizedBatchSampler:
         self.iteration = 0
         """Batches drawn so far."""
         self._weights = weights
-        self._num_distinct = batch_size // completions_per_prompt
+        self.num_distinct = batch_size // completions_per_prompt
+        """Prompts of one draw, before copies."""
         self._copies = completions_per_prompt
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +51,7 @@ class PrioritizedBatchSampler:
         Returns:
             (B,) int64 prompt indices.
         """
-        distinct = draw_prompts(self._weights(value), self._num_distinct, self._generator)
+        distinct = draw_prompts(self._weights(value), self.num_distinct, self._generator)
         self.iteration += 1
         return distinct.repeat_interleave(self._copies)
 
