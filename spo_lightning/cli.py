@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import logging
+import pickle
 import re
 import sys
 import warnings
@@ -182,6 +183,8 @@ class SPOCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except (ConfigError, MisconfigurationException) as error:
             _fail(str(error))
+        except pickle.UnpicklingError:
+            _fail(f"--ckpt_path {self._get(self.config_init, 'ckpt_path')} is no checkpoint that spo fit wrote")
 
     def before_fit(self) -> None:
         """Refuse what cannot work before anything starts; find the checkpoint to resume from."""

@@ -214,14 +214,27 @@ class SPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters."""
-        checkpoint["spo"] = {"guard": self.guard.state_dict(), "completions_seen": self.completions_seen}
+        checkpoint["spo"] = {
+            "guard": self.guard.state_dict(),
+            "completions_seen": self.completions_seen,
+            "optimizer": self._optimizer_name(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters back."""
         self.guard.load_state_dict(checkpoint["spo"]["guard"])
         self.completions_seen = checkpoint["spo"]["completions_seen"]
         if self.trainer.state.fn == TrainerFn.FITTING:
+            saved, wanted = checkpoint["spo"]["optimizer"], self._optimizer_name()
+            if saved != wanted:
+                raise ConfigError(
+                    f"the checkpoint's optimizer is {saved}, the configured one is {wanted}; its state does not carry "
+                    "over: keep the optimizer, or export the policy and start a new run from it"
+                )
             self._reopen_finished_run(checkpoint)
+
+    def _optimizer_name(self) -> str:
+        return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])).__name__
 
     def _reopen_finished_run(self, checkpoint: dict[str, Any]) -> None:
         """Let a run go on whose ``num_iterations`` was raised: Lightning noted that its last batch had been seen."""

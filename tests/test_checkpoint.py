@@ -123,6 +123,18 @@ def test_a_drawn_start_is_saved_before_the_first_iteration(tmp_path):
         assert torch.equal(value, resumed.policy.state_dict()[name])
 
 
+def test_another_optimizer_cannot_take_the_state_and_another_rate_is_not_taken(tmp_path):
+    fit(tmp_path, 2)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ConfigError, match="optimizer is AdamW, the configured one is SGD"):
+        fit(tmp_path, 3, ckpt_path=last, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    with pytest.warns(UserWarning, match=r"learning rate 0.01 goes on; the configured 0.5 is not used"):
+        _, recorder, _, _ = fit(
+            tmp_path, 3, ckpt_path=last, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.5)
+        )
+    assert recorder.metrics[0]["optimizer/lr"] == pytest.approx(0.01)
+
+
 class Interrupts(Callback):
     def on_validation_start(self, trainer, module):
         raise RuntimeError("pulled the plug")

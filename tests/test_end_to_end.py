@@ -175,6 +175,7 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--data.train.path=nowhere.jsonl"], ["nowhere.jsonl", "does not exist"]),
         (["--data.train.prompt_column=question"], ["question", "problem"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "does not exist"]),
+        ([f"--ckpt_path={ROOT / 'README.md'}"], ["README.md is no checkpoint that spo fit wrote"]),
         (["--data.benchmarks.arithmetic.num_samples=0"], ["num_samples is 0"]),
         (["--model.micro_batch_tokens=20"], ["more than micro_batch_tokens=20", "raise model.micro_batch_tokens"]),
         (["--trainer.devices=2"], ["2 processes is not supported yet"]),

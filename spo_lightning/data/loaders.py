@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.sources import PromptSource
@@ -132,3 +133,10 @@ class SealedLoader:
 
     def __iter__(self) -> Iterator[Sealed]:
         return (Sealed(batch) for batch in self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's checkpoint restores the stream. Without it Lightning warns at every resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
