@@ -95,3 +95,16 @@ def test_later_configs_override_earlier_ones_and_flags_override_both(monkeypatch
     cli = SPOCLI([*arguments, f"--trainer.default_root_dir={tmp_path}"], run=False)
     assert (cli.model.num_minibatches, cli.model.micro_batch_tokens, cli.datamodule.batch_size) == (2, 9999, 32)
     assert cli.model.sampling.max_tokens == 48
+
+
+def test_the_resolved_config_is_a_config(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    reward = ["--model.reward=FunctionReward", "--model.reward.function=runs:digit_share"]
+    root = f"--trainer.default_root_dir={tmp_path}"
+    first = SPOCLI(["--config=configs/quickstart.yaml", *reward, root], run=False)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(first.parser.dump(first.config, skip_none=False))
+    second = SPOCLI([f"--config={resolved}"], run=False)
+    assert second.parser.dump(second.config, skip_none=False) == resolved.read_text()
+    assert second.model.reward.function("12", "", "") == 1.0

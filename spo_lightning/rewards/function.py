@@ -24,11 +24,11 @@ class FunctionReward(Reward):
         function: the function, or where to import it from, ``"package.module:name"``.
 
     Raises:
-        ValueError: the import string has no colon, or names nothing.
+        ValueError: the import string has no module, or names nothing.
         TypeError: what it names cannot be called.
     """
 
-    def __init__(self, function: Callable[[str, str, str], float | None] | str) -> None:
+    def __init__(self, function: str | Callable[[str, str, str], float | None]) -> None:
         self.function = _load(function) if isinstance(function, str) else function
         self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if not callable(self.function):
@@ -62,8 +62,8 @@ class FunctionReward(Reward):
 
 
 def _load(path: str) -> Any:
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if not (module and name):
         raise ValueError(f"function is {path!r}; name it as 'package.module:function'")
     try:
         return getattr(import_module(module), name)
