@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from tiny_models import make_char_tokenizer, make_model
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.sources import PromptSource
@@ -20,6 +19,8 @@ from spo_lightning.policy import PolicyConfig
 from spo_lightning.rewards import FunctionReward
 from spo_lightning.trainer import SPOTrainer
 from spo_lightning.types import SamplingParams
+
+from tiny_models import make_char_tokenizer, make_model
 
 
 def digit_share(completion: str, reference: str, prompt: str) -> float:

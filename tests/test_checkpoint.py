@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from runs import Recorder, make_run, write_inputs
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource
 from spo_lightning.errors import ConfigError
+
+from runs import Recorder, make_run, write_inputs
 
 
 def save_forever(path: str) -> None:

@@ -12,7 +12,6 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tiny_models import make_byte_tokenizer
 
 from spo_lightning.algorithms import ConstantForgetting, KLHalfLife, PrioritizedWeights, UniformWeights
 from spo_lightning.data import (
@@ -28,6 +27,8 @@ from spo_lightning.data import (
 )
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.types import BenchmarkBatch, Outcome, PromptBatch, StoredCompletion
+
+from tiny_models import make_byte_tokenizer
 
 FACTOR = 0.9
 

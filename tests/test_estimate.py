@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Callback
-from runs import Recorder, digit_share, make_run
 
 from spo_lightning.data import DrawValues, ValueFile
 from spo_lightning.types import SamplingParams
+
+from runs import Recorder, digit_share, make_run
 
 
 class StopsAfter(Callback):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from runs import digit_share, make_run
 
 from spo_lightning.data import Benchmark, PromptSource
 from spo_lightning.evaluation import BenchmarkEvaluator
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import Completion, Grade, Prompt, SamplingParams
+
+from runs import digit_share, make_run
 
 
 class Halves(Reward):

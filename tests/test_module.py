@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from runs import Recorder, digit_share, make_run
 from spo_lightning.algorithms import AdvantageEstimator, PPOClipLoss, UniformWeights
 from spo_lightning.experience import TokenSequence
 from spo_lightning.learner import score
 from spo_lightning.nonfinite import NonFiniteError
 from spo_lightning.types import SamplingParams
+
+from runs import Recorder, digit_share, make_run
 
 
 def weights(module) -> dict[str, torch.Tensor]:

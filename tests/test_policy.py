@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import make_char_tokenizer, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.experience import Experience, TokenSequence, pad
 from spo_lightning.learner import MicroBatching, accumulate_gradient, score
 from spo_lightning.policy import Policy, PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
+
+from tiny_models import make_char_tokenizer, make_model
 
 # Prompt length, and which tokens of the completion the policy sampled (a tool forced the others).
 SHAPES = [(3, "ssss"), (5, "ssffss"), (1, "s"), (4, "fsssssss"), (2, "sssss")]

@@ -13,11 +13,12 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-from tiny_models import make_byte_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from spo_lightning.data import PromptDataset, PromptFormatter, PromptSource, load_prompts
+
+from tiny_models import make_byte_tokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real rows in {REAL}")

@@ -7,11 +7,12 @@ import random
 
 import pytest
 import torch
-from tiny_models import make_byte_tokenizer, make_char_tokenizer
 
 from spo_lightning.rollouts.stop_strings import StopStringWatcher
 from spo_lightning.rollouts.token_sampling import RowSettings, draw_tokens, filtered_logprobs, sample_tokens
 from spo_lightning.types import SamplingParams
+
+from tiny_models import make_byte_tokenizer, make_char_tokenizer
 
 CPU = torch.device("cpu")
 PROBS = torch.tensor([0.1, 0.4, 0.3, 0.15, 0.05])

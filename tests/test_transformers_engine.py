@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_char_tokenizer, make_model
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.types import Completion, RolloutRequest, SamplingParams
+
+from tiny_models import make_char_tokenizer, make_model
 
 TOKENIZER = make_char_tokenizer()
 KNOWN = len(TOKENIZER)

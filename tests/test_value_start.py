@@ -10,7 +10,6 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-from tiny_models import make_byte_tokenizer
 
 from spo_lightning.data import (
     DrawValues,
@@ -26,6 +25,8 @@ from spo_lightning.data import (
     load_prompts,
     write_values,
 )
+
+from tiny_models import make_byte_tokenizer
 
 
 @pytest.fixture

@@ -93,7 +93,10 @@ class TransformersEngine(RolloutEngine):
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype is {context.dtype!r}; it must name a torch dtype, such as 'float32' or 'bfloat16'")
         model = AutoModelForCausalLM.from_pretrained(
-            context.model_path, dtype=dtype, attn_implementation=self.attn_implementation
+            context.model_path,
+            revision=context.revision,
+            dtype=dtype,
+            attn_implementation=self.attn_implementation,
         )
         require_full_attention(model)
         self._max_model_len = length_limit(model.config.max_position_embeddings, context.max_model_len)

@@ -1,0 +1,426 @@
+"""Numbers of one iteration that a wrong argument would change without a sound: each is compared with a hand value."""
+
+import copy
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from test_module import KeepsPolicies, Poisoned
+from transformers import AutoModelForCausalLM
+
+from spo_lightning.algorithms import TokenNormalized
+from spo_lightning.callbacks.checkpoint import IterationCheckpoint
+from spo_lightning.data import Benchmark, DrawValues, PromptSource, ValueFile, ValueRow, write_values
+from spo_lightning.errors import ConfigError
+from spo_lightning.nonfinite import NonFiniteError
+from spo_lightning.policy import PolicyConfig, load_policy
+from spo_lightning.protocols import Reward
+from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.types import Grade, SamplingParams
+
+from runs import Recorder, digit_share, make_run, write_inputs
+
+ENDS_EARLY = SamplingParams(max_tokens=8, stop=tuple("abcdefghijk"))
+
+
+class RecordingEngine(TransformersEngine):
+    """Keeps its context and counts the completions asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = None
+        self.asked = 0
+
+    def start(self, context):
+        self.context = context
+        super().start(context)
+
+    def submit(self, requests):
+        self.asked += len(requests)
+        super().submit(requests)
+
+
+def standardised(raw: list[float], lengths: list[int]) -> list[float]:
+    """Advantages counted ``lengths`` times each (SPO++ eq. 6); with ones, once each (SPO eq. 9)."""
+    total = sum(lengths)
+    mean = sum(n * a for n, a in zip(lengths, raw, strict=True)) / total
+    variance = sum(n * (a - mean) ** 2 for n, a in zip(lengths, raw, strict=True)) / (total - 1)
+    return [(a - mean) / (math.sqrt(variance) + 1e-8) for a in raw]
+
+
+# Log-probabilities and entropy
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_completions_are_scored_at_the_temperature_they_were_sampled_at(tmp_path, temperature):
+    recorder = Recorder()
+    sampling = SamplingParams(max_tokens=8, temperature=temperature)
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder], sampling=sampling)
+    trainer.fit(module, data)
+    assert len(recorder.metrics) == 3
+    for metrics in recorder.metrics:
+        assert 0 < metrics["sampling/logp_difference_mean"] <= metrics["sampling/logp_difference_max"] < 1e-4
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_the_sampled_tokens_under_the_acting_policy(tmp_path):
+    """One mini-batch: the mean over all sampled tokens of the entropy of the full logits before the update."""
+    recorder = KeepsPolicies()
+    trainer, module, data = make_run(
+        tmp_path,
+        callbacks=[recorder],
+        data={"batch_size": 8},
+        sampling=SamplingParams(8, temperature=0.6, stop=ENDS_EARLY.stop),
+        num_minibatches=1,
+    )
+    trainer.fit(module, data)
+    for policy, batch, outcome, metrics in zip(
+        recorder.policies, recorder.batches, recorder.outcomes, recorder.metrics, strict=True
+    ):
+        entropies = []
+        for prompt, stored in zip(batch.prompts, outcome.completions, strict=True):
+            ids = [*prompt.token_ids, *stored.token_ids.tolist()]
+            logits = policy.model(input_ids=torch.tensor([ids])).logits[0, len(prompt.token_ids) - 1 : -1]
+            probabilities = (logits.double() / 0.6).softmax(-1)
+            entropies.append(-(probabilities * probabilities.log()).sum(-1))
+        assert len({len(values) for values in entropies}) > 1
+        assert metrics["policy/entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
+
+
+def test_dropout_of_the_model_is_off_in_training_mode(tmp_path):
+    write_inputs(tmp_path)
+    config = tmp_path / "start" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.5}))
+    ids = torch.arange(2, 26).view(2, 12)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    sampled = every.clone()
+    sampled[:, :4] = False
+    untouched = AutoModelForCausalLM.from_pretrained(tmp_path / "start").train()
+    assert not torch.equal(untouched(input_ids=ids).logits, untouched(input_ids=ids).logits)  # it would matter
+    policy = load_policy(PolicyConfig(str(tmp_path / "start")))
+    assert policy.training and policy.model.training
+    first, second = (policy(ids, every, sampled, 1.0)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first[sampled] < 0).all()
+
+
+# Advantages
+
+
+def test_token_normalised_advantages_are_weighted_by_the_lengths_of_the_run(tmp_path):
+    """SPO++ eq. 6: every sampled token counts once."""
+    recorder = Recorder()
+    trainer, module, data = make_run(
+        tmp_path,
+        lambda completion, reference, prompt: float(len(completion) > 4),
+        [recorder],
+        {"batch_size": 8},
+        advantage=TokenNormalized(),
+        sampling=ENDS_EARLY,
+    )
+    trainer.fit(module, data)
+    for batch, records in zip(recorder.batches, recorder.records, strict=True):
+        lengths = [record.num_tokens for record in records]
+        advantages = [record.advantage for record in records]
+        raw = [record.reward - b for record, b in zip(records, batch.baseline.tolist(), strict=True)]
+        assert len(set(lengths)) > 1 and len({record.reward for record in records}) == 2
+        assert sum(n * a for n, a in zip(lengths, advantages, strict=True)) == pytest.approx(0, abs=1e-9)
+        assert abs(sum(advantages)) > 0.1
+        assert advantages == pytest.approx(standardised(raw, lengths), abs=1e-9)
+
+
+def test_baselines_stay_with_their_prompts_beside_undecided_rows(tmp_path):
+    """Eq. 8, 9 and 5 by hand with a grader that abstains on three of eight prompts whose values all differ."""
+
+    def abstains(completion, reference, prompt):
+        return None if prompt[0] in "125" else digit_share(completion, reference, prompt)
+
+    write_inputs(tmp_path)
+    sums = [4, 0, 7, 1, 6, 2, 8, 5]
+    write_values(tmp_path / "values.jsonl", [ValueRow(f"p{i}", "", 8, float(s)) for i, s in enumerate(sums)])
+    recorder = Recorder()
+    trainer, module, data = make_run(
+        tmp_path, abstains, [recorder], {"batch_size": 8, "value_start": ValueFile(str(tmp_path / "values.jsonl"))}
+    )
+    trainer.fit(module, data)
+    value, count = [(s + 0.5) / 9 for s in sums], [8.0] * 8
+    undecided_first = 0
+    for batch, outcome, records, metrics in zip(
+        recorder.batches, recorder.outcomes, recorder.records, recorder.metrics, strict=True
+    ):
+        indices = [prompt.index for prompt in batch.prompts]
+        undecided_first += indices[0] in (1, 2, 5)
+        assert sorted(indices) == list(range(8))
+        assert [record.prompt_id for record in records] == [f"p{i}" for i in indices]
+        assert [record.baseline for record in records] == pytest.approx([value[i] for i in indices], abs=1e-12)
+        rewards = {i: abstains(record.completion, "", f"{i}") for i, record in zip(indices, records, strict=True)}
+        assert [record.reward for record in records] == list(rewards.values())
+        decided = {i: reward for i, reward in rewards.items() if reward is not None}
+        assert outcome.index.tolist() == list(decided) and len(decided) == 5
+        raw = [reward - value[i] for i, reward in decided.items()]
+        expected = dict(zip(decided, standardised(raw, [1] * 5), strict=True))
+        for i, record in zip(indices, records, strict=True):
+            assert record.advantage == (pytest.approx(expected[i], abs=1e-9) if i in expected else None)
+        mean = sum(raw) / 5
+        assert metrics["advantage/raw_std"] == pytest.approx(math.sqrt(sum((a - mean) ** 2 for a in raw) / 4), rel=1e-5)
+        assert metrics["advantage/baseline_mean"] == pytest.approx(sum(value[i] for i in decided) / 5, rel=1e-5)
+        assert metrics["advantage/abs_max"] == pytest.approx(max(map(abs, expected.values())), rel=1e-5)
+        for (i, reward), drift in zip(decided.items(), outcome.drift.tolist(), strict=True):
+            kept = min(max(2 ** (-drift / 0.06), 0.875), 0.96) * count[i]
+            value[i], count[i] = (kept * value[i] + reward) / (kept + 1), kept + 1
+    assert undecided_first  # rows shift only behind an undecided one
+    assert data.tracker.value.tolist() == pytest.approx(value, abs=1e-12)
+
+
+def test_of_several_completions_of_a_prompt_the_last_is_kept(tmp_path):
+    recorder = Recorder()
+    trainer, module, data = make_run(
+        tmp_path, callbacks=[recorder], data={"completions_per_prompt": 2, "batch_size": 8, "num_iterations": 1}
+    )
+    trainer.fit(module, data)
+    rows: dict[int, list[str]] = {}
+    for prompt, record in zip(recorder.batches[0].prompts, recorder.records[0], strict=True):
+        rows.setdefault(prompt.index, []).append(record.completion)
+    assert len(rows) == 4 == len(data.history)
+    for index, (first, last) in rows.items():
+        assert first != last
+        assert module.tokenizer.decode(data.history.get(index).token_ids, skip_special_tokens=True) == last
+
+
+# Steps that are not finite
+
+
+def test_a_skipped_step_steps_no_schedule(tmp_path):
+    """Six mini-batches, the third skipped: learning rates of schedule steps 0 1 | 2 | 3 4."""
+    recorder = Recorder()
+    trainer, module, data = make_run(
+        tmp_path,
+        callbacks=[recorder],
+        loss=Poisoned({2}),
+        micro_batch_tokens=1000,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=9),
+    )
+    trainer.fit(module, data)
+    expected = [1e-2 * (1 - 0.9 * steps / 9) for steps in (0.5, 2, 3.5)]
+    assert [metrics["optimizer/lr"] for metrics in recorder.metrics] == pytest.approx(expected)
+    assert module.lr_schedulers().last_epoch == 5
+    assert trainer.global_step == 5
+
+
+def test_the_dump_names_only_the_parameter_whose_gradient_is_bad(tmp_path):
+    trainer, module, data = make_run(tmp_path, max_skipped_steps=1)
+    module.configure_model()
+    name, parameter = next((n, p) for n, p in module.policy.named_parameters() if "layers.1" in n and "up_proj" in n)
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError):
+        trainer.fit(module, data)
+    dump = torch.load(tmp_path / "nonfinite" / "iteration-000000-step-00.pt", weights_only=True)
+    assert dump["parameters_with_non_finite_gradient"] == [name]
+    assert dump["parameters_not_finite"] == []
+    assert math.isfinite(dump["loss"]) and not math.isfinite(dump["grad_norm"])
+    assert all(values.isfinite().all() for values in dump["old_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("call", "row", "skipped"), [(0, 2, 1), (1, 8 + 2, 0)], ids=["new completion", "stored completion"]
+)
+def test_a_nan_log_probability_is_forgotten_as_fast_as_the_rule_allows(tmp_path, monkeypatch, call, row, skipped):
+    """Batches hold all eight prompts, so each is visited every iteration; the bad one has infinite drift in the second.
+
+    A count goes 1 -> 0.96 + 1 = 1.96 -> 0.875 * 1.96 + 1 = 2.715.
+    """
+    recorder = Recorder()
+    counts = []
+
+    class KeepsCounts(Recorder):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            counts.append(trainer.datamodule.tracker.effective_count.clone())
+
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder, KeepsCounts()], data={"batch_size": 8})
+    score, calls = module.score, []
+
+    def poisoned(sequences):
+        values = score(sequences)
+        if len(calls) == call:
+            values[row][0] = torch.nan
+        calls.append(len(sequences))
+        return values
+
+    monkeypatch.setattr(module, "score", poisoned)
+    trainer.fit(module, data)
+    assert calls == [8, 16, 16]
+    bad = recorder.batches[call].prompts[2].index
+    for iteration, outcome in enumerate(recorder.outcomes):
+        drift = dict(zip(outcome.index.tolist(), outcome.drift.tolist(), strict=True))
+        assert [i for i in drift if math.isinf(drift[i])] == ([bad] if iteration == 1 else [])
+    assert counts[0].tolist() == pytest.approx([1.96] * 8)
+    assert counts[1][bad].item() == pytest.approx(2.715)
+    assert module.guard.skipped == skipped
+    assert all(value.isfinite().all() for value in module.policy.state_dict().values())
+
+
+# Precision and warnings
+
+
+def test_bf16_true_trains(tmp_path):
+    recorder = Recorder()
+    trainer, module, data = make_run(
+        tmp_path,
+        lambda completion, reference, prompt: float(prompt < "4"),
+        [recorder],
+        {"num_iterations": 1, "batch_size": 8},
+        {"precision": "bf16-true"},
+    )
+    module.configure_model()
+    before = copy.deepcopy(module.policy).bfloat16().state_dict()
+    trainer.fit(module, data)
+    after = module.policy.state_dict()
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    assert {"policy/loss", "policy/grad_norm", "reward/mean", "tracker/value_mean"} <= set(recorder.metrics[0])
+    assert all(math.isfinite(value) for value in recorder.metrics[0].values())
+    assert data.tracker.value.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sampling", "message"),
+    [
+        ("bfloat16", {}, "policy.dtype is bfloat16: .*use float32 with trainer.precision bf16-mixed"),
+        ("float32", {"top_p": 0.9}, "top_p 0.9 and top_k 0: completions come from a truncated distribution"),
+        ("float32", {"top_k": 5}, "top_p 1.0 and top_k 5: completions come from a truncated distribution"),
+    ],
+)
+def test_settings_that_bias_the_update_warn(tmp_path, dtype, sampling, message):
+    trainer, module, data = make_run(
+        tmp_path, data={"num_iterations": 1}, sampling=SamplingParams(max_tokens=8, **sampling)
+    )
+    module.policy_config.dtype = dtype
+    with pytest.warns(UserWarning, match=message):
+        trainer.fit(module, data)
+
+
+def test_the_settings_of_the_paper_do_not_warn(tmp_path):
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 1})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(bfloat16|truncated)")
+        trainer.fit(module, data)
+
+
+# What is refused, and when
+
+
+class Particular(Reward):
+    """Reads whole numbers only."""
+
+    def grade(self, completions, references, prompts):
+        return [Grade(float(len(completion) % 2)) for completion in completions]
+
+    def check_references(self, references):
+        return [row for row, reference in enumerate(references) if not reference.isdigit()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "bad", "message"),
+    [
+        ("fit", "train", r"1 of 8 prompts of train .*Particular cannot read: p3 \('what'\)"),
+        ("fit", "exam", r"1 of 2 prompts of exam .*Particular cannot read: q1 \('what'\)"),
+        ("validate", "exam", r"1 of 2 prompts of exam .*Particular cannot read: q1 \('what'\)"),
+        ("test", "exam", r"1 of 2 prompts of exam .*Particular cannot read: q1 \('what'\)"),
+    ],
+)
+def test_references_that_the_reward_cannot_read_stop_before_any_completion(tmp_path, stage, bad, message):
+    write_inputs(tmp_path)
+    for name, letter, count, broken in (("train", "p", 8, 3), ("exam", "q", 2, 1)):
+        rows = [
+            {
+                "id": f"{letter}{i}",
+                "prompt": f"{i}+{i}=",
+                "answer": "what" if (name, i) == (bad, broken) else str(2 * i),
+            }
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = RecordingEngine()
+    trainer, module, data = make_run(
+        tmp_path,
+        data={"benchmarks": {"exam": Benchmark(PromptSource(str(tmp_path / "exam.jsonl"), id_column="id"), 1)}},
+        engine=engine,
+    )
+    module.reward = Particular()
+    with pytest.raises(ConfigError, match=message):
+        getattr(trainer, stage)(module, data)
+    assert engine.asked == 0
+
+
+def test_the_engine_ends_at_the_tokens_of_the_generation_configuration(tmp_path):
+    write_inputs(tmp_path)
+    letters = list(range(18, 44))  # most of the vocabulary of the tiny tokenizer
+    path = tmp_path / "start" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": letters}))
+    engine, recorder = RecordingEngine(), Recorder()
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder], data={"batch_size": 8}, engine=engine)
+    trainer.fit(module, data)
+    assert engine.context.eos_token_ids == (1, *letters)
+    completions = [stored.token_ids.tolist() for outcome in recorder.outcomes for stored in outcome.completions]
+    finished = [record.finish_reason for records in recorder.records for record in records]
+    assert finished == ["stop" if ids[-1] in (1, *letters) else "length" for ids in completions]
+    assert any(ids[-1] in letters and len(ids) < 8 for ids in completions)
+
+
+@pytest.mark.parametrize(("samples", "reward_sum"), [(2, 5.0), (2, -3.0)])
+def test_reward_sums_outside_the_unit_interval_need_no_smoothing(tmp_path, samples, reward_sum):
+    write_values(tmp_path / "v.jsonl", [ValueRow("p1", "", samples, reward_sum), ValueRow("p4", "", 4, 1.0)])
+    start = {"value_start": ValueFile(str(tmp_path / "v.jsonl"))}
+    _, _, data = make_run(tmp_path, data={**start, "smoothing": "none"})
+    data.setup("fit")
+    values = {1: reward_sum / samples, 4: 0.25}
+    assert data.tracker.value.tolist() == [values.get(i, 0.5) for i in range(8)]
+    assert data.tracker.effective_count.tolist() == [8.0 if i in values else 1.0 for i in range(8)]
+    _, _, data = make_run(tmp_path, data={**start, "smoothing": "jeffreys"})
+    with pytest.raises(ValueError, match='rewards outside .* need smoothing "none"'):
+        data.setup("fit")
+
+
+def test_drawn_rewards_outside_the_unit_interval_are_refused_after_one_batch(tmp_path):
+    """Batches of 4 completions, two of each prompt: 4 are drawn of the 16 that the start takes."""
+    start = {"value_start": DrawValues(2), "num_iterations": 1}
+    engine = RecordingEngine()
+    trainer, module, data = make_run(tmp_path, lambda *_: 2.0, data=start, engine=engine)
+    with pytest.raises(ValueError, match="reward sum of 4.0 over 2 completions; .*set data.smoothing to none"):
+        trainer.fit(module, data)
+    assert engine.asked == 4
+
+    engine = RecordingEngine()
+    trainer, module, data = make_run(tmp_path, lambda *_: 2.0, data={**start, "smoothing": "none"}, engine=engine)
+    trainer.fit(module, data)
+    assert engine.asked == 16 + 4
+    assert data.tracker.value.tolist() == pytest.approx([2.0] * 8)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "3+4="}, {"answer": "7"}], ids=["text", "answer"])
+def test_a_prompt_changed_under_its_id_is_another_data_set(tmp_path, change):
+    trainer, module, data = make_run(
+        tmp_path,
+        callbacks=[IterationCheckpoint(1, 1)],
+        data={"num_iterations": 1},
+        trainer={"enable_checkpointing": True},
+    )
+    trainer.fit(module, data)
+    checkpoint = str(tmp_path / "checkpoints" / "iteration-000001.ckpt")
+    fingerprint = data.dataset.fingerprint
+
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 2})
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    assert data.sampler.iteration == 2  # unchanged, it goes on
+
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[3] |= change
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recorder = Recorder()
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder], data={"num_iterations": 2})
+    with pytest.raises(ConfigError, match=f"other training prompts .8, fingerprint {fingerprint}"):
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    assert data.dataset.fingerprint != fingerprint
+    assert not recorder.batches
