@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 
 COMMANDS = ("fit", "validate", "test", "estimate", "export")
@@ -50,14 +49,9 @@ def main() -> None:
     # Idle OpenMP threads spin, by default so long that a small policy on two cores is ten times slower beside one busy
     # process; without any spinning it is twice as slow on an idle machine. Has to be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
+    from spo_lightning.cli import run
 
-    from spo_lightning.cli import SPOCLI
-
-    try:
-        SPOCLI()
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
+    run()
 
 
 if __name__ == "__main__":

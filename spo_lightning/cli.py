@@ -7,6 +7,7 @@ import fcntl
 import logging
 import pickle
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.callbacks import (
@@ -265,3 +266,11 @@ class SPOCLI(LightningCLI):
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run() -> None:
+    """Run the program; a SIGTERM ends it with the status that a scheduler expects."""
+    try:
+        SPOCLI()
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None

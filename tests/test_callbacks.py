@@ -27,6 +27,7 @@ from spo_lightning.callbacks import (
 )
 from spo_lightning.callbacks.completions_table import COLUMNS, shorten
 from spo_lightning.callbacks.tracker_figures import NUM_BINS, histogram, tracker_figure
+from spo_lightning.data import Benchmark, PriorStart
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.stages import StageTimer
 from spo_lightning.types import BenchmarkBatch, CompletionRecord, Outcome, Prompt, PromptBatch
@@ -61,6 +62,8 @@ class Data(LightningDataModule):
     def __init__(self, iterations: int) -> None:
         super().__init__()
         self.tracker = ValueTracker(NUM_PROMPTS, ConstantForgetting(0.9))
+        self.value_start = PriorStart()
+        self.benchmarks: dict[str, Benchmark] = {}
         self.iterations = iterations
         self.done = 0
 

@@ -136,6 +136,18 @@ def test_another_optimizer_cannot_take_the_state_and_another_rate_is_not_taken(t
     assert recorder.metrics[0]["optimizer/lr"] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("interval", [2, 1.0])
+def test_without_benchmarks_no_checkpoint_waits_for_a_validation(tmp_path, interval):
+    trainer, module, data = make_run(
+        tmp_path,
+        callbacks=[IterationCheckpoint(2, keep=9)],
+        data={"num_iterations": 4},
+        trainer={"enable_checkpointing": True, "val_check_interval": interval, "check_val_every_n_epoch": 1},
+    )
+    trainer.fit(module, data)
+    assert names(tmp_path / "checkpoints") == ["iteration-000002.ckpt", "iteration-000004.ckpt", "last.ckpt"]
+
+
 class Interrupts(Callback):
     def on_validation_start(self, trainer, module):
         raise RuntimeError("pulled the plug")

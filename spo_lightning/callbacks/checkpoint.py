@@ -98,7 +98,7 @@ class IterationCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.directory(trainer).glob("*.partial"):
                 leftover.unlink()
-        data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = _data(trainer)
         if isinstance(data.value_start, DrawValues) and data.sampler.iteration == 0:
             self._save(trainer, 0)
 
@@ -108,7 +108,8 @@ class IterationCheckpoint(Checkpoint):
         """Save when it is time; all state of the iteration is final here."""
         done = batch.iteration + 1
         if done % self.every_n_iterations == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            if trainer.enable_validation and done % trainer.val_check_interval == 0:
+            validates = _data(trainer).benchmarks and trainer.enable_validation
+            if validates and done % (trainer.val_check_batch or float("inf")) == 0:
                 self._due_after_validation = done
             else:
                 self._save(trainer, done)
@@ -133,3 +134,7 @@ class IterationCheckpoint(Checkpoint):
             earlier = [saved for saved in path.parent.glob("iteration-*.ckpt") if saved.name <= path.name]
             for old in sorted(earlier)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def _data(trainer: Trainer) -> SPODataModule:
+    return cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
