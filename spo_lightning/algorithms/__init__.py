@@ -4,6 +4,7 @@ from spo_lightning.algorithms.advantages import AdvantageEstimator, TokenNormali
 from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate
 from spo_lightning.algorithms.drift import DriftEstimator, KLEstimate, MeanAbsLogRatio, truncate_completion
 from spo_lightning.algorithms.forgetting import ConstantForgetting, ForgettingRule, KLHalfLife
+from spo_lightning.algorithms.linear_logprobs import linear_logprobs
 from spo_lightning.algorithms.logprobs import selected_logprobs
 from spo_lightning.algorithms.losses import CISPOLoss, GSPOLoss, PolicyLoss, PPOClipLoss
 from spo_lightning.algorithms.sampling import PrioritizedWeights, PromptWeights, UniformWeights, draw_prompts
@@ -32,6 +33,7 @@ __all__ = [
     "ValueTracker",
     "aggregate",
     "draw_prompts",
+    "linear_logprobs",
     "selected_logprobs",
     "truncate_completion",
 ]

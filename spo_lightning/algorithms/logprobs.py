@@ -24,13 +24,9 @@ def selected_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.
     Raises:
         ValueError: shapes do not fit together, or the temperature is not positive and finite.
     """
-    problems = []
+    problems = temperature_problems(temperature)
     if logits.shape[:-1] != token_ids.shape:
         problems.append(f"logits {tuple(logits.shape)} must be token_ids {tuple(token_ids.shape)} and a vocabulary")
-    if not 0 < temperature < float("inf"):
-        problems.append(
-            f"temperature is {temperature}; it must be positive and finite, greedy samples have no log-probability"
-        )
     raise_problems("selected_logprobs", problems)
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
@@ -41,3 +37,10 @@ def selected_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.
         probs = logprobs.exp()
         entropy = probs.mul_(logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1).neg_()
     return selected, entropy
+
+
+def temperature_problems(temperature: float) -> list[str]:
+    """Say what is wrong with a sampling temperature, in at most one sentence."""
+    if 0 < temperature < float("inf"):
+        return []
+    return [f"temperature is {temperature}; it must be positive and finite, greedy samples have no log-probability"]
