@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import logging
+import os
 import pickle
 import re
 import signal
@@ -12,12 +13,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
@@ -29,14 +32,19 @@ from spo_lightning.callbacks import (
     SPOProgressBar,
     TrackerFigures,
 )
+from spo_lightning.callbacks.preemption import STOP_SIGNALS
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import ValueStart
 from spo_lightning.errors import ConfigError
+from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
 from spo_lightning.protocols import Reward, RolloutEngine
 from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
+from spo_lightning.sharding import check_checkpoint
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
+
+TOLD_TO_END = 128 + signal.SIGTERM
 
 # Classes whose subclasses have short names in a configuration.
 SEAMS = (
@@ -53,6 +61,10 @@ SEAMS = (
 )
 
 
+class AgreedEnd(SystemExit):
+    """All ranks end at the same place, so that none waits for another."""
+
+
 class _Quiet(logging.Filter):
     """Drops what says nothing about the run: an advertisement, and the end of the only epoch."""
 
@@ -66,6 +78,11 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     # torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+    # the benchmarks' metrics are of all ranks already
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")
+    # what FSDP says of its own insides when it writes and reads sharded checkpoints
+    for words in ("Please use DTensor", "`_get_pg_default_device`", "Multiple backends", "`load_state_dict` is deprec"):
+        warnings.filterwarnings("ignore", message=f".*{re.escape(words)}", module=r"torch\.distributed")
     # a run without benchmarks
     warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero")
 
@@ -184,14 +201,17 @@ class SPOCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except (ConfigError, MisconfigurationException) as error:
             _fail(str(error))
+        except SIGTERMException:
+            if self.trainer.received_sigterm:  # which all ranks agreed on
+                _end_together(self.trainer)
+            raise
         except pickle.UnpicklingError:
             _fail(f"--ckpt_path {self._get(self.config_init, 'ckpt_path')} is no checkpoint that spo fit wrote")
 
     def before_fit(self) -> None:
         """Refuse what cannot work before anything starts; find the checkpoint to resume from."""
-        if self.trainer.world_size > 1:
-            _fail(f"training on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1")
-        self._lock_folder()
+        if self.trainer.is_global_zero:
+            self._lock_folder()
         self._load_data("fit")
         self._resolve_checkpoint()
 
@@ -258,19 +278,65 @@ class SPOCLI(LightningCLI):
             path = last
         elif not Path(asked).exists():
             _fail(f"--ckpt_path {asked} does not exist; give a file, or last")
+        if path is not None:
+            check_checkpoint(path, self.trainer.strategy)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
         for logger in self._mlflow_loggers if path is not None else []:
             logger.resume_from(self.trainer.default_root_dir)
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def run() -> None:
-    """Run the program; a SIGTERM ends it with the status that a scheduler expects."""
-    try:
-        SPOCLI()
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
+    """Run the program. A signal that asks it to end does so with the status that a scheduler expects, 143.
+
+    A rank that fails ends at once, so that whoever started it ends the others: the usual exit would first take leave of
+    the ranks, which may be waiting for this one.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _end)
+    with ending_with_launcher():
+        try:
+            SPOCLI()
+        except AgreedEnd:
+            raise
+        except SIGTERMException:  # which is a SystemExit
+            _leave(TOLD_TO_END)
+        except SystemExit as error:
+            _leave(error.code)
+        except Exception as error:
+            if not torch.distributed.is_initialized():
+                raise
+            sys.excepthook(type(error), error, error.__traceback__)
+            _leave(1)
+
+
+def _leave(status: str | int | None) -> NoReturn:
+    """End with a status; where other ranks may be waiting for this one and it failed, at once."""
+    if status and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    raise SystemExit(status)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SIGTERMException
+
+
+def _end_together(trainer: Trainer) -> None:
+    """Wait until all ranks have done what they had to: launchers kill the rest when one ends with a status but zero.
+
+    Of the ranks of a node the first alone reports the status.
+
+    Raises:
+        AgreedEnd: with status 143 or zero.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    trainer.strategy.barrier()
+    raise AgreedEnd(0 if trainer.local_rank else TOLD_TO_END)

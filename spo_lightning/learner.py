@@ -1,88 +1,116 @@
-"""Scoring and updating the policy on one iteration's experience, in micro-batches of bounded size."""
+"""Scoring and updating the policy on one iteration's experience, in micro-batches that all ranks share."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from spo_lightning.algorithms import BatchTotals, PolicyLoss
-from spo_lightning.experience import Experience, TokenSequence, pad, scatter_tokens, split_by_tokens
-from spo_lightning.policy import Policy
+from spo_lightning.distributed import Ranks
+from spo_lightning.experience import Experience, TokenSequence
+from spo_lightning.micro_batches import MicroBatch, MicroBatching
+
+Backward = Callable[[Tensor, bool], None]
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatching:
-    """How sequences become micro-batches.
-
-    Attributes:
-        max_tokens: bound on rows x width of a micro-batch, padding included.
-        pad_token_id: fills rows up; never attended to.
-        temperature: the sampling temperature, which the log-probabilities are taken at.
-    """
-
-    max_tokens: int
-    pad_token_id: int
-    temperature: float
+def _logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    return policy(batch.input_ids, batch.position_ids, batch.completion_mask, temperature, batch.attention_mask)
 
 
 @torch.no_grad()
-def score(policy: Policy, sequences: Sequence[TokenSequence], micro: MicroBatching) -> list[Tensor]:
-    """Log-probability of every sampled token under the present policy.
+def score(policy: nn.Module, sequences: Sequence[TokenSequence], micro: MicroBatching, ranks: Ranks) -> list[Tensor]:
+    """Log-probability of every sampled token under the present policy; the ranks share the work.
+
+    Args:
+        policy: a ``Policy``, sharded or not.
+        sequences: the same on every rank.
+        micro: how to cut them.
+        ranks: all of them call this together.
 
     Returns:
-        One (S_i,) float32 CPU tensor a sequence, in order.
+        One (S_i,) float32 CPU tensor a sequence, in order; the same on every rank.
     """
-    scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for rows in split_by_tokens([len(sequence) for sequence in sequences], micro.max_tokens):
-        batch = pad([sequences[row] for row in rows], micro.pad_token_id).to(policy.device)
-        logprobs, _ = policy(batch.input_ids, batch.attention_mask, batch.completion_mask, micro.temperature)
-        for row, values, mask in zip(rows, logprobs, batch.completion_mask, strict=True):
-            scores[row] = values[mask].float().cpu()
-    return scores
+    plan = micro.plan([len(sequence) for sequence in sequences], ranks.world_size)
+    mine: dict[int, Tensor] = {}
+    for rows in plan.ranks[ranks.rank]:
+        batch = micro.build([sequences[row] for row in rows])
+        logprobs, _ = _logprobs(policy, batch, micro.temperature)
+        mine.update(_by_row(rows, logprobs, batch.lengths))
+    if isinstance(policy, FSDPModule):
+        # A pass without gradient leaves the root unit whole, and torch then gets the embedding's next gradient wrong.
+        policy.reshard()
+    return _merge(mine, len(sequences), ranks)
 
 
 def accumulate_gradient(
-    policy: Policy,
+    policy: nn.Module,
     loss_function: PolicyLoss,
     batch: Experience,
     micro: MicroBatching,
-    backward: Callable[[Tensor], None],
-) -> dict[str, float]:
-    """Add the gradient of one mini-batch's loss to the parameters.
+    ranks: Ranks,
+    backward: Backward,
+) -> tuple[dict[str, float], tuple[Tensor, ...]]:
+    """Add the gradient of one mini-batch's loss to the parameters; the ranks share the work.
 
-    The totals that the loss divides by are the mini-batch's, so the sum over micro-batches is the mini-batch's loss
-    however it is cut.
+    The totals that the loss divides by are the global mini-batch's, so the sum over micro-batches and ranks is the
+    mini-batch's loss however it is cut. Strategies average gradients over ranks, so the loss is multiplied by their
+    number.
 
     Args:
-        policy: to be differentiated.
+        policy: a ``Policy``, sharded or not; to be differentiated.
         loss_function: the surrogate.
-        batch: the mini-batch.
+        batch: the global mini-batch, the same on every rank.
         micro: how to cut it.
-        backward: called with each micro-batch's loss.
+        ranks: all of them call this together.
+        backward: called with each micro-batch's loss, and whether it is the last one.
 
     Returns:
-        ``policy/loss``, ``policy/entropy`` (nats per sampled token) and the metrics of the loss, over the mini-batch.
+        ``policy/loss``, ``policy/entropy`` (nats per sampled token), the metrics of the loss and
+        ``perf/padding_fraction``, over the global mini-batch; and its old log-probabilities, which are this pass's own
+        when the batch has none.
     """
     totals = BatchTotals(tokens=batch.num_tokens, sequences=len(batch))
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
-    for rows in split_by_tokens([len(sequence) for sequence in batch.sequences], micro.max_tokens):
+    plan = micro.plan([len(sequence) for sequence in batch.sequences], ranks.world_size)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=micro.device))
+    mine: dict[int, Tensor] = {}
+    parts = plan.ranks[ranks.rank]
+    for number, rows in enumerate(parts, 1):
         part = batch.select(rows)
-        padded = pad(part.sequences, micro.pad_token_id).to(policy.device)
-        logprobs, entropy = policy(padded.input_ids, padded.attention_mask, padded.completion_mask, micro.temperature)
+        inputs = micro.build(part.sequences)
+        logprobs, entropy = _logprobs(policy, inputs, micro.temperature)
+        if part.old_logprobs is None:
+            old = logprobs.detach()
+            mine.update(_by_row(rows, old, inputs.lengths))
+        else:
+            old = torch.cat([*part.old_logprobs, torch.empty(0)]).to(logprobs)
+        mask = (torch.arange(int(inputs.lengths.max())) < inputs.lengths.unsqueeze(-1)).to(micro.device)
+        advantages = part.advantages if rows else part.advantages.new_zeros(1)
         loss, metrics = loss_function(
-            logprobs,
-            scatter_tokens(part.old_logprobs, padded.completion_mask),
-            part.advantages.to(logprobs),
-            padded.completion_mask,
-            totals,
+            _lay_out(logprobs, mask), _lay_out(old, mask), advantages.to(logprobs), mask, totals
         )
-        backward(loss)
+        backward(loss * ranks.world_size, number == len(parts))
         sums["policy/loss"] += loss.detach()
         sums["policy/entropy"] += entropy.sum() / totals.tokens
         for name, value in metrics.items():
             sums[name] += value
-    return {name: value.item() for name, value in sums.items()}
+    summed = ranks.sum({name: value.item() for name, value in sums.items()})
+    old_logprobs = batch.old_logprobs or tuple(_merge(mine, len(batch), ranks))
+    return {**summed, "perf/padding_fraction": plan.padding_fraction}, old_logprobs
+
+
+def _lay_out(values: Tensor, mask: Tensor) -> Tensor:
+    """(P,) values of sampled tokens as (N, S), 0 where a completion has ended."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _by_row(rows: Sequence[int], values: Tensor, lengths: Tensor) -> dict[int, Tensor]:
+    return dict(zip(rows, values.float().cpu().split(lengths.tolist()), strict=True)) if rows else {}
+
+
+def _merge(mine: dict[int, Tensor], count: int, ranks: Ranks) -> list[Tensor]:
+    values = {row: value for part in ranks.gather(mine) for row, value in part.items()}
+    return [values[row] for row in range(count)]

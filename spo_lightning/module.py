@@ -6,6 +6,9 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +20,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from spo_lightning.algorithms import (
@@ -29,19 +33,38 @@ from spo_lightning.algorithms import (
 )
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.value_start import ValueRow
+from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkEvaluator
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.iteration_metrics import completion_records, learning_metrics, rollout_metrics, timing_metrics
-from spo_lightning.learner import MicroBatching, accumulate_gradient, score
+from spo_lightning.learner import accumulate_gradient, score
+from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
-from spo_lightning.policy import PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
-from spo_lightning.preparation import prepare
+from spo_lightning.policy import (
+    Policy,
+    PolicyConfig,
+    eos_token_ids,
+    export_policy,
+    load_policy,
+    load_tokenizer,
+    tells_packed_sequences_apart,
+)
+from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.collector import Rollout, RolloutCollector
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
+from spo_lightning.sharding import (
+    clip_gradient,
+    full_parameters,
+    full_state,
+    gradient_norm,
+    is_sharding,
+    shard_policy,
+)
 from spo_lightning.stages import StageTimer
+from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
 
 
@@ -61,7 +84,9 @@ class SPOModule(LightningModule):
         optimizer: any torch optimizer.
         lr_scheduler: any torch schedule by steps; stepped once per optimiser step.
         num_minibatches: optimiser steps per rollout batch (the paper takes 8).
-        micro_batch_tokens: most tokens, padding included, of one forward and backward pass.
+        micro_batch_tokens: most tokens, padding included, of one forward and backward pass on one rank.
+        padding_free: lay the sequences of a micro-batch end to end instead of padding them; ``None`` does so where the
+            policy's attention has kernels for it (flash attention, flex attention).
         max_grad_norm: gradients are clipped to this norm; ``None`` leaves them.
         max_skipped_steps: training stops after so many optimiser steps in a row with a loss or gradient not finite.
         seed: of rollouts and mini-batches.
@@ -85,6 +110,7 @@ class SPOModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         num_minibatches: int = 8,
         micro_batch_tokens: int = 16384,
+        padding_free: bool | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_steps: int = 5,
         seed: int = 0,
@@ -117,6 +143,7 @@ class SPOModule(LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.num_minibatches = num_minibatches
         self.micro_batch_tokens = micro_batch_tokens
+        self.packed = tells_packed_sequences_apart(policy.attn_implementation) if padding_free is None else padding_free
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.guard = NonFiniteGuard(max_skipped_steps)
@@ -130,14 +157,29 @@ class SPOModule(LightningModule):
     # Set-up and take-down
 
     def configure_model(self) -> None:
-        """Load policy and tokenizer, once."""
-        if not hasattr(self, "policy"):
-            self.tokenizer = load_tokenizer(self.policy_config.path, self.policy_config.revision)
-            self.policy = load_policy(self.policy_config)
+        """Load policy and tokenizer, once, and shard the policy if the strategy does.
+
+        Where the policy is sharded only rank 0 reads the weights.
+        """
+        if hasattr(self, "policy"):
+            return
+        self.tokenizer = load_tokenizer(self.policy_config.path, self.policy_config.revision)
+        if self._trainer is None:
+            self.policy: torch.nn.Module = load_policy(self.policy_config, seed=self.seed)
+            return
+        strategy = self.trainer.strategy
+        reads = strategy.is_global_zero or not is_sharding(strategy)
+        policy = load_policy(self.policy_config, reads, self.seed)
+        self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
-        optimizer = self.optimizer_factory(self.policy.parameters())
+        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        if type(optimizer).__module__.startswith("bitsandbytes") and isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise ConfigError(
+                f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards; "
+                "take torchao.optim.AdamW8bit, or the strategy fsdp"
+            )
         self._configured_lr = optimizer.param_groups[0]["lr"]
         if self.lr_scheduler_factory is None:
             return optimizer
@@ -150,16 +192,18 @@ class SPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what the module cannot do, before any work."""
+        self.ranks = Ranks()
         if stage != "fit":
             return
-        if self.trainer.world_size > 1:
-            raise ConfigError(
-                f"training on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1"
-            )
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise ConfigError(
                 f"trainer.precision is {self.trainer.precision}; scaled fp16 gradients hide what is not finite, "
                 "use bf16-mixed or 32"
+            )
+        if self.policy_config.head == "liger" and (self.device.type != "cuda" or find_spec("liger_kernel") is None):
+            raise ConfigError(
+                f"model.policy.head is liger, which needs a CUDA device (this is {self.device}) and pip install -e "
+                ".[liger]; set it to torch"
             )
         if self.trainer.max_steps != -1:
             raise ConfigError(
@@ -176,8 +220,14 @@ class SPOModule(LightningModule):
                 f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of the two"
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        begins = self.ranks.gather(data.sampler.iteration)
+        if len(set(begins)) > 1:
+            raise ConfigError(
+                f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
+                "trainer.default_root_dir on a file system that all nodes share"
+            )
         self._check_references({"train": data.dataset, **data.benchmark_prompts})
-        if self.policy_config.dtype == "bfloat16":
+        if self.policy_config.dtype == "bfloat16" and self.policy_config.lora is None:
             rank_zero_warn(
                 "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
                 "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
@@ -245,8 +295,11 @@ class SPOModule(LightningModule):
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def export(self, directory: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder; returns its path."""
-        self.exported_path = export_policy(self.policy, self.tokenizer, directory)
+        """Write the policy as a Hugging Face folder; returns its path. Called by all ranks, rank 0 writes."""
+        state = full_state(self.policy, keep=self.global_rank == 0)
+        if self.global_rank == 0:
+            export_policy(cast(Policy, self.policy).model, self.tokenizer, directory, state)
+        self.exported_path = Path(directory)
         return self.exported_path
 
     # One iteration
@@ -260,61 +313,107 @@ class SPOModule(LightningModule):
         start = time.perf_counter()
         self.stages.reset()
         seed_iteration(self.seed, batch.iteration, self.global_rank)
-        seeds = [derive_seed(self.seed, SeedStream.ROLLOUT, batch.iteration, row) for row in range(len(batch.prompts))]
-        with self.stages("rollout"):
-            self.policy_version = batch.iteration
-            self._push_weights()
-            completions = self.collector.generate(batch.prompts, self.sampling, seeds)
-        with self.stages("reward"):
-            rollouts = self.collector.grade(batch.prompts, completions)
+        rollouts = self._roll_out(batch)
         metrics = rollout_metrics(rollouts)
-        decided = [row for row, rollout in enumerate(rollouts) if rollout.grade.decided]
-        outcome, advantages = _empty_outcome(), torch.empty(0, dtype=torch.float64)
+        decided = decided_rows(rollouts)
+        outcome = build_outcome(rollouts, (), {}, self.drift_max_tokens) if not decided else None
+        advantages = torch.empty(0, dtype=torch.float64)
         if decided:
-            with self.stages("score"):
-                outcome, experience = prepare(
-                    batch, rollouts, decided, self.score, self.advantage, self.drift, self.drift_max_tokens
-                )
+            outcome, experience, learned = self._learn(batch, rollouts, decided)
             advantages = experience.advantages
-            sampled = [completions[row].sampling_logprobs[completions[row].completion_mask] for row in decided]
-            metrics |= learning_metrics(
-                outcome.reward, batch.baseline[decided], advantages, experience.old_logprobs, sampled
-            )
-            with self.stages("update"):
-                metrics |= self._update(experience, batch.iteration)
+            metrics |= learned
             self.policy_version = batch.iteration + 1
-        self.completions_seen += len(completions)
-        tokens = sum(completion.num_sampled for completion in completions)
+        self.completions_seen += len(rollouts)
+        tokens = sum(rollout.completion.num_sampled for rollout in rollouts)
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
         self.log_dict(metrics, on_step=True, on_epoch=False)
         by_row = dict(zip(decided, advantages.tolist(), strict=True))
         return {"outcome": outcome, "records": completion_records(batch.iteration, rollouts, batch.baseline, by_row)}
 
+    def _roll_out(self, batch: PromptBatch) -> list[Rollout]:
+        """Complete and grade the prompts, each rank its share; every rank gets them all, in the order of the batch."""
+        seeds = [derive_seed(self.seed, SeedStream.ROLLOUT, batch.iteration, row) for row in range(len(batch.prompts))]
+        prompts = self.ranks.share(batch.prompts)
+        with self.stages("rollout"):
+            self.policy_version = batch.iteration
+            self._push_weights()
+            completions = self.collector.generate(prompts, self.sampling, self.ranks.share(seeds))
+        with self.stages("reward"):
+            graded = [(r.completion, r.grade) for r in self.collector.grade(prompts, completions)]
+        with self.stages("exchange"):
+            merged = self.ranks.merge(graded)
+        return [Rollout(prompt, *rest) for prompt, rest in zip(batch.prompts, merged, strict=True)]
+
+    def _learn(
+        self, batch: PromptBatch, rollouts: list[Rollout], decided: list[int]
+    ) -> tuple[Outcome, Experience, dict[str, float]]:
+        """Score what must be, update the policy, and tell what came of it.
+
+        The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
+        """
+        experience = build_experience(batch, rollouts, self.advantage)
+        previous = PreviousCompletions.of(batch, decided)
+        minibatches = self._minibatches(len(experience), batch.iteration)
+        later = [row for rows in minibatches[1:] for row in rows]
+        with self.stages("score"):
+            scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
+        drifts = previous.drifts(self.drift, scored[len(later) :])
+        old_logprobs = dict(zip(later, scored, strict=False))
+        with self.stages("update"):
+            metrics = self._update(experience, minibatches, old_logprobs, batch.iteration)
+        ordered = [old_logprobs[row] for row in range(len(experience))]
+        outcome = build_outcome(rollouts, ordered, drifts, self.drift_max_tokens)
+        sampled = [rollouts[row].completion for row in decided]
+        metrics |= learning_metrics(
+            outcome.reward,
+            batch.baseline[decided],
+            experience.advantages,
+            ordered,
+            [completion.sampling_logprobs[completion.completion_mask] for completion in sampled],
+        )
+        return outcome, experience, metrics
+
+    def _minibatches(self, count: int, iteration: int) -> list[list[int]]:
+        """Rows of each optimiser step, drawn alike on every rank."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, SeedStream.MINIBATCH, iteration))
+        order = torch.randperm(count, generator=generator)
+        return [rows.tolist() for rows in order.tensor_split(min(self.num_minibatches, count))]
+
     def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Log-probability of every sampled token under the present policy; see ``learner.score``."""
-        return score(self.policy, sequences, self.micro_batching)
+        return score(self.policy, sequences, self.micro_batching, self.ranks)
 
-    def _update(self, experience: Experience, iteration: int) -> dict[str, float]:
-        """Several optimiser steps, each on its own part of the batch; metrics are means over the steps taken."""
+    def _update(
+        self,
+        experience: Experience,
+        minibatches: list[list[int]],
+        old_logprobs: dict[int, Tensor],
+        iteration: int,
+    ) -> dict[str, float]:
+        """Several optimiser steps, each on its own part of the batch; metrics are means over the steps taken.
+
+        Adds the old log-probabilities of the first mini-batch to ``old_logprobs``.
+        """
         optimizer = cast(LightningOptimizer, self.optimizers())
         scheduler = cast(LRScheduler | None, self.lr_schedulers())
         taken: dict[str, list[float]] = defaultdict(list)
-        order = torch.randperm(len(experience))
-        for step, rows in enumerate(order.tensor_split(min(self.num_minibatches, len(experience)))):
-            minibatch = experience.select(rows.tolist())
+        for step, rows in enumerate(minibatches):
+            minibatch = experience.select(rows)
+            if step > 0:
+                minibatch = replace(minibatch, old_logprobs=tuple(old_logprobs[row] for row in rows))
             optimizer.zero_grad()
-            metrics = accumulate_gradient(self.policy, self.loss, minibatch, self.micro_batching, self.manual_backward)
-            parameters = [p for p in self.policy.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
-            metrics["policy/grad_norm"] = norm.item()
+            metrics, old = accumulate_gradient(
+                self.policy, self.loss, minibatch, self.micro_batching, self.ranks, self._backward
+            )
+            old_logprobs.update(zip(rows, old, strict=True))
+            norm = gradient_norm(self.policy)
+            metrics["policy/grad_norm"] = norm
             metrics["optimizer/lr"] = optimizer.param_groups[0]["lr"]
-            name = f"iteration-{iteration:06d}-step-{step:02d}"
-            dumps = Path(self.trainer.default_root_dir) / "nonfinite"
-            if self.guard.admit(
-                metrics["policy/loss"], metrics["policy/grad_norm"], self.policy, minibatch, dumps, name
-            ):
+            dump = Path(self.trainer.default_root_dir) / "nonfinite" / f"iteration-{iteration:06d}-step-{step:02d}.pt"
+            minibatch = replace(minibatch, old_logprobs=old)
+            if self.guard.admit(metrics["policy/loss"], norm, self.policy, minibatch, dump, self.ranks):
                 if self.max_grad_norm is not None:
-                    torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+                    clip_gradient(self.policy, self.max_grad_norm, norm)
                 optimizer.step()
                 for key, value in metrics.items():
                     taken[key].append(value)
@@ -325,6 +424,12 @@ class SPOModule(LightningModule):
             **{key: sum(values) / len(values) for key, values in taken.items()},
             "policy/skipped_steps": float(self.guard.skipped),
         }
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Add a micro-batch's gradient; under DDP the ranks meet at the last one only."""
+        model = self.trainer.model
+        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            self.manual_backward(loss)
 
     # Benchmarks and the tracker's start
 
@@ -359,13 +464,21 @@ class SPOModule(LightningModule):
         return self.estimate_values(batch)
 
     def estimate_values(self, batch: BenchmarkBatch) -> list[ValueRow]:
-        """Number and sum of the rewards of ``num_samples`` completions of each prompt; undecided ones do not count."""
+        """Number and sum of the rewards of ``num_samples`` completions of each prompt; undecided ones do not count.
+
+        Args:
+            batch: this rank's prompts.
+
+        Returns:
+            The rows of all ranks' prompts.
+        """
         rollouts = self._sample(batch, self.sampling, SeedStream.VALUE_START, 0)
         rewards: dict[Prompt, list[float]] = {prompt: [] for prompt in batch.prompts}
         for rollout in rollouts:
             if rollout.grade.value is not None:
                 rewards[rollout.prompt].append(rollout.grade.value)
-        return [ValueRow(prompt.id, prompt.text, len(values), sum(values)) for prompt, values in rewards.items()]
+        rows = [ValueRow(prompt.id, prompt.text, len(values), sum(values)) for prompt, values in rewards.items()]
+        return [row for part in self.ranks.gather(rows) for row in part]
 
     def _sample(
         self, batch: BenchmarkBatch, sampling: SamplingParams, stream: SeedStream, offset: int
@@ -379,6 +492,7 @@ class SPOModule(LightningModule):
         return self.collector.grade(prompts, self.collector.generate(prompts, sampling, seeds))
 
     def _log_benchmarks(self, prefix: str) -> None:
+        self.ranks.wait()
         for name, evaluator in self._evaluators.items():
             self.log_dict(evaluator.compute(f"{prefix}/{name}"))
 
@@ -394,7 +508,9 @@ class SPOModule(LightningModule):
     def micro_batching(self) -> MicroBatching:
         """How sequences become micro-batches."""
         pad = self.tokenizer.pad_token_id
-        return MicroBatching(self.micro_batch_tokens, 0 if pad is None else pad, self.sampling.temperature)
+        return MicroBatching(
+            self.micro_batch_tokens, 0 if pad is None else pad, self.sampling.temperature, self.packed, self.device
+        )
 
     def _start_engine(self) -> None:
         if self._collector is None:
@@ -423,10 +539,4 @@ class SPOModule(LightningModule):
                 )
 
     def _push_weights(self) -> None:
-        weights = ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
-        self.collector.engine.update_weights(weights, self.policy_version)
-
-
-def _empty_outcome() -> Outcome:
-    none = torch.empty(0, dtype=torch.float64)
-    return Outcome(torch.empty(0, dtype=torch.int64), none, none)
+        self.collector.engine.update_weights(full_parameters(self.policy), self.policy_version)

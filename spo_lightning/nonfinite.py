@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience
 
 
@@ -33,17 +36,17 @@ class NonFiniteGuard:
         self.in_a_row = 0
 
     def admit(
-        self, loss: float, grad_norm: float, module: nn.Module, batch: Experience, directory: Path, name: str
+        self, loss: float, grad_norm: float, module: nn.Module, batch: Experience, path: Path, ranks: Ranks
     ) -> bool:
         """True when the step may be taken; otherwise dump what led to it.
 
         Args:
             loss: the mini-batch's loss.
             grad_norm: norm of its gradient, before clipping.
-            module: holds the gradients.
+            module: holds the gradients, or this rank's part of them.
             batch: the mini-batch.
-            directory: where to dump.
-            name: file name of the dump.
+            path: file that rank 0 dumps to.
+            ranks: all of them call this together, with the same loss and norm.
 
         Raises:
             NonFiniteError: ``max_in_a_row`` steps were skipped one after the other.
@@ -53,9 +56,10 @@ class NonFiniteGuard:
             return True
         self.skipped += 1
         self.in_a_row += 1
-        path = directory / f"{name}.pt"
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self._describe(loss, grad_norm, module, batch), path)
+        described = self._describe(loss, grad_norm, module, batch, ranks)
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(described, path)
         if self.in_a_row >= self.max_in_a_row:
             raise NonFiniteError(
                 f"{self.in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
@@ -65,16 +69,16 @@ class NonFiniteGuard:
         return False
 
     @staticmethod
-    def _describe(loss: float, grad_norm: float, module: nn.Module, batch: Experience) -> dict[str, Any]:
-        bad = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    def _describe(loss: float, grad_norm: float, module: nn.Module, batch: Experience, ranks: Ranks) -> dict[str, Any]:
+        named = dict(module.named_parameters())
         return {
             "loss": loss,
             "grad_norm": grad_norm,
-            "parameters_with_non_finite_gradient": bad,
-            "parameters_not_finite": [n for n, p in module.named_parameters() if not p.isfinite().all()],
+            "parameters_with_non_finite_gradient": _not_finite({n: p.grad for n, p in named.items()}, ranks),
+            "parameters_not_finite": _not_finite(named, ranks),
             "token_ids": [sequence.token_ids for sequence in batch.sequences],
             "completion_mask": [sequence.completion_mask for sequence in batch.sequences],
-            "old_logprobs": list(batch.old_logprobs),
+            "old_logprobs": list(batch.old_logprobs or ()),
             "advantages": batch.advantages,
         }
 
@@ -85,3 +89,10 @@ class NonFiniteGuard:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take counters back from a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _not_finite(tensors: Mapping[str, Tensor | None], ranks: Ranks) -> list[str]:
+    """Names of the tensors that are not finite in the part that some rank holds."""
+    local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    mine = [name for name, value in local.items() if value is not None and not value.isfinite().all()]
+    return sorted({name for names in ranks.gather(mine) for name in names})

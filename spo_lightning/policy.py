@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from spo_lightning.algorithms import selected_logprobs
+from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
+from spo_lightning.lora import LoraSettings, adapters, add_adapters
 
 
 @dataclass
@@ -24,9 +25,14 @@ class PolicyConfig:
         path: folder or hub name of a causal language model with its tokenizer.
         revision: hub revision.
         dtype: dtype of the parameters; float32 with ``trainer.precision: bf16-mixed`` keeps full-precision master
-            weights.
+            weights. With LoRA that of the frozen ones, which bfloat16 halves.
         attn_implementation: attention of Transformers ("sdpa", "flash_attention_2", "eager").
         gradient_checkpointing: recompute activations in the backward pass, trading time for memory.
+        compile: compile each decoder layer with ``torch.compile`` for any batch size and length; layers of one kind
+            share what is compiled. Costs a minute or so at the start.
+        lora: train low-rank adapters and freeze the rest; ``None`` trains every parameter.
+        head: what turns hidden states into log-probabilities: "torch" everywhere, or "liger" for Liger-Kernel's fused
+            kernel on CUDA.
     """
 
     path: str
@@ -34,6 +40,9 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    lora: LoraSettings | None = None
+    head: Literal["torch", "liger"] = "torch"
 
 
 class Policy(nn.Module):
@@ -44,11 +53,30 @@ class Policy(nn.Module):
 
     Args:
         model: a Transformers causal language model.
+        lora: of its adapters, if it has any.
+        head: back end of ``linear_logprobs``.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, lora: LoraSettings | None = None, head: Literal["torch", "liger"] = "torch") -> None:
         super().__init__()
         self.model = model
+        self.lora = lora
+        self.head = head
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Policy:
+        """Keep buffers and adapters in their dtype when the weights are converted.
+
+        Rotary frequencies need float32 at long positions, adapters for steps that are small beside them.
+        """
+        kept = {id(tensor) for tensor in (*self.buffers(), *(adapter for _, adapter in adapters(self)))}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            rounded = id(tensor) in kept and converted.dtype != tensor.dtype
+            return tensor.to(converted.device) if rounded else converted
+
+        super()._apply(convert, recurse)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -56,57 +84,107 @@ class Policy(nn.Module):
         return self.model.device
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        completion_mask: Tensor,
+        temperature: float,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Score the sampled tokens.
 
         Args:
-            input_ids: (N, T) int64, prompt and completion, padded on either side.
-            attention_mask: (N, T) bool, False on padding.
-            completion_mask: (N, T) bool, True on tokens the policy sampled; never on a row's first token.
+            input_ids: (R, T) int64, prompts and completions, padded to one width or laid end to end in one row.
+            position_ids: (R, T) int64, counting from 0 in every sequence.
+            completion_mask: (R, T) bool, True on tokens the policy sampled; never on a sequence's first token.
             temperature: divides the logits, as it did when the tokens were sampled.
+            attention_mask: (R, T) bool, False on padding; ``None`` when sequences lie end to end.
 
         Returns:
-            ``(logprobs, entropy)``, both (N, T) float32 and 0 where ``completion_mask`` is False. ``entropy`` (nats,
-            of the distribution each token was drawn from) carries no gradient.
+            ``(logprobs, entropy)``, both (P,) float32, one for each of the P sampled tokens in the order of the mask.
+            ``entropy`` (nats, of the distribution each token was drawn from) carries no gradient.
         """
         hidden = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         predicts = completion_mask.roll(-1, dims=-1)
-        logits = self.model.get_output_embeddings()(hidden[predicts])
-        chosen, chosen_entropy = selected_logprobs(logits, input_ids[completion_mask], temperature)
-        zeros = torch.zeros(input_ids.shape, dtype=chosen.dtype, device=chosen.device)
-        return zeros.masked_scatter(completion_mask, chosen), zeros.masked_scatter(completion_mask, chosen_entropy)
+        head = self.model.get_output_embeddings()
+        return linear_logprobs(
+            hidden[predicts],
+            head.weight,
+            input_ids[completion_mask],
+            temperature,
+            head.bias,
+            backend=self.head,
+        )
 
 
-def load_policy(config: PolicyConfig) -> Policy:
+def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Policy:
     """Load the model of ``config`` for training, in training mode and with every dropout of its configuration off.
 
     Dropout would make the log-probabilities of two passes over the same completion differ.
 
+    Args:
+        config: what to load.
+        weights: False builds the model on the meta device, to receive its weights from another rank.
+        seed: of the adapters' random start.
+
     Raises:
-        ValueError: the model changes its logits after the head.
+        ConfigError: the model changes its logits after the head, or cannot have the adapters that are asked for.
     """
     _require_model_path(config.path)
     architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
     for name in architecture.to_dict():
         if name.endswith(("dropout", "pdrop", "dropout_prob")):
             setattr(architecture, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        revision=config.revision,
-        config=architecture,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-    ).train()
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if weights:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, revision=config.revision, config=architecture, **options
+        )
+        _require_plain_head(model)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        if generation := _generation_config(config):
+            model.generation_config = generation
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _require_plain_head(model)
-    return Policy(model)
+    if config.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    return Policy(model.train(), config.lora, config.head)
+
+
+def _generation_config(config: PolicyConfig) -> GenerationConfig | None:
+    """What ``from_pretrained`` gives a model that has such a file: the tokens that end a completion are in it."""
+    try:
+        return GenerationConfig.from_pretrained(config.path, revision=config.revision)
+    except OSError:  # there is none
+        return None
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers of a Transformers model.
+
+    Raises:
+        ConfigError: it does not name their class, or has none of it.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} does not name its decoder layers (_no_split_modules is {sorted(names)}), so it "
+            "can be neither sharded nor compiled; use the strategy ddp and policy.compile false, or another model"
+        )
+    return layers
+
+
+def tells_packed_sequences_apart(attn_implementation: str) -> bool:
+    """Whether an attention of Transformers runs sequences laid end to end at the cost of each by itself."""
+    return "flash" in attn_implementation or attn_implementation == "flex_attention"
 
 
 def _require_model_path(path: str) -> None:
@@ -122,9 +200,13 @@ def _require_model_path(path: str) -> None:
 @torch.no_grad()
 def _require_plain_head(model: Any) -> None:
     """Refuse a model whose logits are not just its output embedding applied to the last hidden state."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # kernels may want another device or dtype than the weights have as yet
     ids = torch.tensor([[0, 1]], device=model.device)
     plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(plain, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
+    logits = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(attention)
+    if not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"{type(model).__name__} transforms its logits after the head (soft-capping or scaling); log-probabilities "
             "would be wrong. Use a model without it, such as Qwen3 or Llama"
@@ -151,10 +233,16 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*ids, tokenizer.eos_token_id}))
 
 
-def export_policy(policy: Policy, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
+def export_policy(model: Any, tokenizer: Any, directory: str | os.PathLike[str], state: dict[str, Tensor]) -> Path:
     """Write model and tokenizer as a Hugging Face folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     The folder appears whole or not at all; an older one of the same name is replaced once the new one is complete.
+
+    Args:
+        model: the Transformers model; says what the weights are of.
+        tokenizer: its tokenizer.
+        directory: folder to write.
+        state: the model's full parameters, on the CPU.
     """
     target = Path(directory)
     if target.exists() and not (target / "config.json").exists():
@@ -163,7 +251,7 @@ def export_policy(policy: Policy, tokenizer: Any, directory: str | os.PathLike[s
     fresh, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.model.save_pretrained(fresh)
+    model.save_pretrained(fresh, state_dict=state)
     tokenizer.save_pretrained(fresh)
     if target.exists():
         target.rename(old)

@@ -16,6 +16,7 @@ class SeedStream(IntEnum):
     ROLLOUT = 1
     EVALUATION = 2
     VALUE_START = 3
+    MINIBATCH = 4
 
 
 def derive_seed(seed: int, stream: SeedStream, *position: int) -> int:

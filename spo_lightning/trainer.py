@@ -12,10 +12,12 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from spo_lightning.callbacks.preemption import NotedSignals, Preemption
 from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
+from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 
 # One epoch holds all iterations of a run; every iteration is logged; validation counts iterations.
 DEFAULTS: dict[str, Any] = {
@@ -32,8 +34,9 @@ DEFAULTS: dict[str, Any] = {
 class SPOTrainer(Trainer):
     """``lightning.pytorch.Trainer`` with what SPO needs of it.
 
-    Adds the tracker callback, before all others so that they see the tracker after its update, and atomic checkpoints;
-    sets ``DEFAULTS`` where the caller says nothing; has two more jobs, ``estimate`` and ``export``.
+    Adds the tracker callback, before all others so that they see the tracker after its update, atomic checkpoints, and
+    an orderly end on SIGTERM; sets ``DEFAULTS`` where the caller says nothing; has two more jobs, ``estimate`` and
+    ``export``.
 
     Args:
         kwargs: arguments of ``lightning.pytorch.Trainer``.
@@ -43,8 +46,9 @@ class SPOTrainer(Trainer):
         plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = [ValueTrackerCallback(), *callbacks]
+        callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
+        self._signal_connector = NotedSignals(self)
 
     def estimate(
         self,
@@ -82,10 +86,13 @@ class SPOTrainer(Trainer):
         Args:
             model: the module.
             datamodule: not used; the configuration of a run names one.
-            ckpt_path: checkpoint file, or "last".
+            ckpt_path: checkpoint file, or folder of a sharded run, or "last".
             output: folder to write.
         """
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        if is_sharded(Path(ckpt_path)):
+            checkpoint = consolidate(Path(ckpt_path), optimizers=False)
+        else:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         print(f"exported policy: {model.export(output)}")

@@ -28,10 +28,10 @@ def digit_share(completion: str, reference: str, prompt: str) -> float:
     return float(sum(c.isdigit() for c in completion) * 3 > len(completion))
 
 
-def write_policy(folder: Path) -> str:
+def write_policy(folder: Path, **model: Any) -> str:
     """A tiny policy with its tokenizer; returns the folder."""
     make_char_tokenizer(folder)
-    make_model(folder)
+    make_model(folder, **model)
     return str(folder)
 
 
@@ -43,9 +43,9 @@ def write_prompts(path: Path, count: int = 8) -> str:
     return str(path)
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, **model: Any) -> None:
     """Policy and prompts where ``make_run`` looks for them."""
-    write_policy(folder / "start")
+    write_policy(folder / "start", **model)
     write_prompts(folder / "train.jsonl")
 
 
@@ -71,14 +71,15 @@ def make_run(
     callbacks: Sequence[Callback] = (),
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
     **module: Any,
 ) -> tuple[SPOTrainer, SPOModule, SPODataModule]:
     """Trainer, module and data module of a small run under ``folder``."""
-    policy = str(folder / "start")
-    if not Path(policy).exists():
+    start = str(folder / "start")
+    if not Path(start).exists():
         write_inputs(folder)
     settings: dict[str, Any] = {
-        "tokenizer_path": policy,
+        "tokenizer_path": start,
         "num_iterations": 3,
         "train": PromptSource(str(folder / "train.jsonl"), id_column="id"),
         "batch_size": 4,
@@ -93,16 +94,16 @@ def make_run(
         "num_minibatches": 2,
         "micro_batch_tokens": 64,
     }
+    machine: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": CSVLogger(folder),
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
     return (
-        SPOTrainer(
-            accelerator="cpu",
-            devices=1,
-            logger=CSVLogger(folder),
-            enable_progress_bar=False,
-            default_root_dir=folder,
-            callbacks=list(callbacks),
-            **{"enable_checkpointing": False, **(trainer or {})},
-        ),
-        SPOModule(PolicyConfig(policy), FunctionReward(reward), **learner | module),
+        SPOTrainer(callbacks=list(callbacks), **machine | (trainer or {})),
+        SPOModule(PolicyConfig(start, **policy or {}), FunctionReward(reward), **learner | module),
         SPODataModule(**settings | (data or {})),
     )

@@ -3,13 +3,23 @@
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from spo_lightning.cli import SPOCLI
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
+from spo_lightning.strategies import FSDP2Strategy
+
+from cpu_fsdp import CPUFSDPStrategy
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml"))
+STRATEGIES = {
+    "single": SingleDeviceStrategy,
+    "ddp": DDPStrategy,
+    "fsdp": CPUFSDPStrategy,
+    "fsdp2": FSDP2Strategy,
+}
 
 
 def test_there_are_configs():
@@ -24,6 +34,24 @@ def test_config_builds_trainer_module_and_data(config, monkeypatch, tmp_path):
     assert isinstance(cli.model, SPOModule)
     assert isinstance(cli.datamodule, SPODataModule)
     assert cli.model.seed == cli.config["seed_everything"]
+
+
+def test_every_strategy_overlay_is_tested():
+    assert {path.stem for path in (ROOT / "configs" / "strategy").glob("*.yaml")} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_overlays_compose_with_the_quickstart(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    overlay = tmp_path / "overlay.yaml"
+    shipped = (ROOT / "configs" / "strategy" / f"{name}.yaml").read_text()
+    # Lightning refuses its own FSDPStrategy, by name, on a machine without GPUs
+    overlay.write_text(shipped.replace("lightning.pytorch.strategies.FSDPStrategy", "cpu_fsdp.CPUFSDPStrategy"))
+    devices = [] if name == "single" else ["--trainer.devices=2"]
+    cli = SPOCLI([f"--config={ROOT / 'configs/quickstart.yaml'}", f"--config={overlay}", *devices], run=False)
+    assert type(cli.trainer.strategy) is STRATEGIES[name]
+    assert cli.trainer.num_devices == (1 if name == "single" else 2)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +74,7 @@ def test_config_builds_trainer_module_and_data(config, monkeypatch, tmp_path):
             True,
         ),
         (
-            ["--model.optimizer=SGD", "--model.optimizer.lr=0.5"],
+            ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.5"],
             lambda cli: cli.model.optimizer_factory([_parameter()]).defaults["lr"],
             0.5,
         ),

@@ -178,7 +178,6 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         ([f"--ckpt_path={ROOT / 'README.md'}"], ["README.md is no checkpoint that spo fit wrote"]),
         (["--data.benchmarks.arithmetic.num_samples=0"], ["num_samples is 0"]),
         (["--model.micro_batch_tokens=20"], ["more than micro_batch_tokens=20", "raise model.micro_batch_tokens"]),
-        (["--trainer.devices=2"], ["2 processes is not supported yet"]),
         (["--model.loss=CISPOLos"], ["Did you mean: CISPOLoss"]),
         (["--trainer.default_root_dir=/dev/null/x"], ["cannot write to trainer.default_root_dir"]),
         (["--model.policy.path=some/where/else"], ["no folder some/where/else"]),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spo_lightning.algorithms import AdvantageEstimator, PPOClipLoss, UniformWeights
+from spo_lightning.distributed import Ranks
 from spo_lightning.experience import TokenSequence
 from spo_lightning.learner import score
 from spo_lightning.nonfinite import NonFiniteError
@@ -72,7 +73,9 @@ def test_drift_compares_the_last_completion_under_then_and_now(tmp_path):
                 stored = recorder.outcomes[then].completions[row_then]
                 assert 0 < len(stored.logprobs) <= 5
                 sequence = TokenSequence.join(prompt, stored)
-                now, before = (score(recorder.policies[i], [sequence], module.micro_batching)[0] for i in (k, then))
+                now, before = (
+                    score(recorder.policies[i], [sequence], module.micro_batching, Ranks())[0] for i in (k, then)
+                )
                 assert outcome.drift[row].item() == pytest.approx((now - before).abs().mean().item(), abs=2e-6)
                 assert outcome.drift[row] > 0
                 revisits += 1

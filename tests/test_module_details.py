@@ -101,9 +101,10 @@ def test_dropout_of_the_model_is_off_in_training_mode(tmp_path):
     assert not torch.equal(untouched(input_ids=ids).logits, untouched(input_ids=ids).logits)  # it would matter
     policy = load_policy(PolicyConfig(str(tmp_path / "start")))
     assert policy.training and policy.model.training
-    first, second = (policy(ids, every, sampled, 1.0)[0] for _ in range(2))
+    positions = torch.arange(12).expand(2, -1)
+    first, second = (policy(ids, positions, sampled, 1.0, every)[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert (first[sampled] < 0).all()
+    assert (first < 0).all()
 
 
 # Advantages
@@ -224,12 +225,13 @@ def test_the_dump_names_only_the_parameter_whose_gradient_is_bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "row", "skipped"), [(0, 2, 1), (1, 8 + 2, 0)], ids=["new completion", "stored completion"]
+    ("call", "row", "skipped"), [(0, 2, 1), (1, 4 + 2, 0)], ids=["new completion", "stored completion"]
 )
 def test_a_nan_log_probability_is_forgotten_as_fast_as_the_rule_allows(tmp_path, monkeypatch, call, row, skipped):
     """Batches hold all eight prompts, so each is visited every iteration; the bad one has infinite drift in the second.
 
-    A count goes 1 -> 0.96 + 1 = 1.96 -> 0.875 * 1.96 + 1 = 2.715.
+    A count goes 1 -> 0.96 + 1 = 1.96 -> 0.875 * 1.96 + 1 = 2.715. Of the new completions only the second of two
+    mini-batches is scored: the ratio of the first is 1.
     """
     recorder = Recorder()
     counts = []
@@ -239,19 +241,20 @@ def test_a_nan_log_probability_is_forgotten_as_fast_as_the_rule_allows(tmp_path,
             counts.append(trainer.datamodule.tracker.effective_count.clone())
 
     trainer, module, data = make_run(tmp_path, callbacks=[recorder, KeepsCounts()], data={"batch_size": 8})
-    score, calls = module.score, []
+    score, calls, poison = module.score, [], []
 
     def poisoned(sequences):
         values = score(sequences)
         if len(calls) == call:
             values[row][0] = torch.nan
+            poison.append(tuple(sequences[row].token_ids[:4].tolist()))
         calls.append(len(sequences))
         return values
 
     monkeypatch.setattr(module, "score", poisoned)
     trainer.fit(module, data)
-    assert calls == [8, 16, 16]
-    bad = recorder.batches[call].prompts[2].index
+    assert calls == [4, 4 + 8, 4 + 8]
+    bad = next(prompt.index for prompt in recorder.batches[call].prompts if prompt.token_ids == poison[0])
     for iteration, outcome in enumerate(recorder.outcomes):
         drift = dict(zip(outcome.index.tolist(), outcome.drift.tolist(), strict=True))
         assert [i for i in drift if math.isinf(drift[i])] == ([bad] if iteration == 1 else [])
@@ -259,6 +262,21 @@ def test_a_nan_log_probability_is_forgotten_as_fast_as_the_rule_allows(tmp_path,
     assert counts[1][bad].item() == pytest.approx(2.715)
     assert module.guard.skipped == skipped
     assert all(value.isfinite().all() for value in module.policy.state_dict().values())
+
+
+@pytest.mark.parametrize(("num_minibatches", "scored"), [(1, [0, 8, 8]), (2, [4, 12, 12]), (4, [6, 14, 14])])
+def test_completions_of_the_first_minibatch_are_not_scored_beforehand(tmp_path, monkeypatch, num_minibatches, scored):
+    """Their ratio is 1 by construction; stored completions, from the second visit on, are scored for the drift."""
+    trainer, module, data = make_run(tmp_path, data={"batch_size": 8}, num_minibatches=num_minibatches)
+    score, calls = module.score, []
+
+    def counted(sequences):
+        calls.append(len(sequences))
+        return score(sequences)
+
+    monkeypatch.setattr(module, "score", counted)
+    trainer.fit(module, data)
+    assert calls == scored
 
 
 # Precision and warnings

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.nonfinite import NonFiniteError, NonFiniteGuard
 
@@ -24,7 +25,7 @@ def module(gradient: float) -> nn.Module:
 
 def test_finite_steps_are_admitted_and_leave_no_file(tmp_path):
     guard = NonFiniteGuard(1)
-    assert guard.admit(0.5, 2.0, module(1.0), BATCH, tmp_path / "dumps", "a")
+    assert guard.admit(0.5, 2.0, module(1.0), BATCH, tmp_path / "dumps" / "a.pt", Ranks())
     assert not (tmp_path / "dumps").exists()
     assert guard.state_dict() == {"skipped": 0, "in_a_row": 0}
 
@@ -32,7 +33,7 @@ def test_finite_steps_are_admitted_and_leave_no_file(tmp_path):
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_a_bad_step_is_refused_counted_and_dumped(tmp_path, loss, norm):
     guard = NonFiniteGuard(2)
-    assert not guard.admit(loss, norm, module(math.nan), BATCH, tmp_path, "iteration-000003-step-01")
+    assert not guard.admit(loss, norm, module(math.nan), BATCH, tmp_path / "iteration-000003-step-01.pt", Ranks())
     dump = torch.load(tmp_path / "iteration-000003-step-01.pt", weights_only=True)
     assert dump["parameters_with_non_finite_gradient"] == ["weight"]
     assert dump["parameters_not_finite"] == []
@@ -43,18 +44,26 @@ def test_a_bad_step_is_refused_counted_and_dumped(tmp_path, loss, norm):
 
 def test_a_good_step_starts_the_count_anew_and_the_limit_stops_with_the_path(tmp_path):
     guard = NonFiniteGuard(2)
-    bad, good = (math.nan, 1.0, module(0.0), BATCH, tmp_path), (1.0, 1.0, module(0.0), BATCH, tmp_path)
-    assert not guard.admit(*bad, "a")
-    assert guard.admit(*good, "b")
-    assert not guard.admit(*bad, "c")
+    bad, good = (math.nan, 1.0, module(0.0), BATCH), (1.0, 1.0, module(0.0), BATCH)
+    assert not guard.admit(*bad, tmp_path / "a.pt", Ranks())
+    assert guard.admit(*good, tmp_path / "b.pt", Ranks())
+    assert not guard.admit(*bad, tmp_path / "c.pt", Ranks())
     with pytest.raises(NonFiniteError, match=r"2 optimiser steps in a row .*d\.pt"):
-        guard.admit(*bad, "d")
+        guard.admit(*bad, tmp_path / "d.pt", Ranks())
     assert guard.skipped == 3
+
+
+def test_only_rank_0_writes_and_the_others_decide_the_same(tmp_path):
+    guard, other = NonFiniteGuard(2), Ranks()
+    other.rank = 1
+    assert not guard.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path / "a.pt", other)
+    assert guard.skipped == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_counters_survive_a_checkpoint(tmp_path):
     guard = NonFiniteGuard(3)
-    guard.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path, "a")
+    guard.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path / "a.pt", Ranks())
     other = NonFiniteGuard(3)
     other.load_state_dict(guard.state_dict())
     assert (other.skipped, other.in_a_row) == (1, 1)

@@ -1,13 +1,18 @@
 """Scoring and differentiating the policy against the plain computation on full logits, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from spo_lightning.algorithms import PPOClipLoss
-from spo_lightning.experience import Experience, TokenSequence, pad
-from spo_lightning.learner import MicroBatching, accumulate_gradient, score
+from spo_lightning.distributed import Ranks
+from spo_lightning.experience import Experience, TokenSequence
+from spo_lightning.learner import accumulate_gradient, score
+from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.policy import Policy, PolicyConfig, eos_token_ids, export_policy, load_policy, load_tokenizer
+from spo_lightning.sharding import full_state
 
 from tiny_models import make_char_tokenizer, make_model
 
@@ -41,27 +46,42 @@ def plain_logprobs(policy: Policy, sequence: TokenSequence) -> torch.Tensor:
     return torch.stack([log_probabilities[p - 1, sequence.token_ids[p]] for p in positions])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_forward_equals_full_logits_on_either_padding_side(policy, sequences, side):
-    batch = pad(sequences, 0, side)
-    logprobs, entropy = policy(batch.input_ids, batch.attention_mask, batch.completion_mask, TEMPERATURE)
-    for row, sequence in enumerate(sequences):
-        torch.testing.assert_close(
-            logprobs[row][batch.completion_mask[row]], plain_logprobs(policy, sequence), rtol=1e-10, atol=1e-10
-        )
-    assert not logprobs[~batch.completion_mask].any()
-    assert not entropy[~batch.completion_mask].any()
-    assert not entropy.requires_grad
-    last = sequences[0]
-    distribution = torch.distributions.Categorical(
-        logits=policy.model(last.token_ids[None]).logits[0, -2] / TEMPERATURE
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_forward_equals_full_logits(policy, sequences, packed):
+    batch = MicroBatching(1000, 0, TEMPERATURE, packed).build(sequences)
+    logprobs, entropy = policy(
+        batch.input_ids, batch.position_ids, batch.completion_mask, TEMPERATURE, batch.attention_mask
     )
-    assert entropy[0][batch.completion_mask[0]][-1].item() == pytest.approx(distribution.entropy().item(), rel=1e-9)
+    expected = torch.cat([plain_logprobs(policy, sequence) for sequence in sequences])
+    torch.testing.assert_close(logprobs, expected, rtol=1e-10, atol=1e-10)
+    assert not entropy.requires_grad
+    first = sequences[0]
+    distribution = torch.distributions.Categorical(
+        logits=policy.model(first.token_ids[None]).logits[0, -2] / TEMPERATURE
+    )
+    last_token = int(first.completion_mask.sum()) - 1
+    assert entropy[last_token].item() == pytest.approx(distribution.entropy().item(), rel=1e-9)
 
 
+def test_forward_on_left_padding(policy, sequences):
+    """Whoever pads on the left gives positions that start behind the padding."""
+    short, long = sequences[2], sequences[3]
+    gap = len(long) - len(short)
+    nothing = torch.zeros(gap, dtype=torch.int64)
+    ids = torch.stack([torch.cat([nothing, short.token_ids]), long.token_ids])
+    mask = torch.stack([torch.cat([nothing.bool(), short.completion_mask]), long.completion_mask])
+    attention = torch.ones_like(mask)
+    attention[0, :gap] = False
+    positions = (attention.long().cumsum(-1) - 1).clamp(min=0)
+    logprobs, _ = policy(ids, positions, mask, TEMPERATURE, attention)
+    expected = torch.cat([plain_logprobs(policy, short), plain_logprobs(policy, long)])
+    torch.testing.assert_close(logprobs, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("max_tokens", [12, 24, 1000])
-def test_score_returns_the_order_given_whatever_the_micro_batch(policy, sequences, max_tokens):
-    scores = score(policy, sequences, MicroBatching(max_tokens, 0, TEMPERATURE))
+def test_score_returns_the_order_given_whatever_the_micro_batch(policy, sequences, max_tokens, packed):
+    scores = score(policy, sequences, MicroBatching(max_tokens, 0, TEMPERATURE, packed), Ranks())
     for values, sequence in zip(scores, sequences, strict=True):
         torch.testing.assert_close(values, plain_logprobs(policy, sequence).float(), rtol=1e-6, atol=1e-6)
 
@@ -91,17 +111,41 @@ def reference_gradient(policy: Policy, batch: Experience) -> tuple[float, list[t
     return loss.item(), [parameter.grad.clone() for parameter in policy.parameters()]
 
 
+def differentiate(policy, batch, micro, loss=None):
+    return accumulate_gradient(
+        policy, loss or PPOClipLoss(), batch, micro, Ranks(), lambda value, last: value.backward()
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("max_tokens", [12, 24, 1000])
-def test_gradient_equals_the_plain_one_whatever_the_micro_batch(policy, sequences, max_tokens):
+def test_gradient_equals_the_plain_one_whatever_the_micro_batch(policy, sequences, max_tokens, packed):
     batch = experience(policy, sequences)
     loss, gradient = reference_gradient(policy, batch)
     policy.zero_grad()
-    metrics = accumulate_gradient(
-        policy, PPOClipLoss(dual_clip=None), batch, MicroBatching(max_tokens, 0, TEMPERATURE), torch.Tensor.backward
-    )
+    micro = MicroBatching(max_tokens, 0, TEMPERATURE, packed)
+    metrics, old_logprobs = differentiate(policy, batch, micro, PPOClipLoss(dual_clip=None))
+    assert old_logprobs is batch.old_logprobs
     assert metrics["policy/loss"] == pytest.approx(loss, rel=1e-6)
     for parameter, expected in zip(policy.parameters(), gradient, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_tokens", [12, 1000])
+def test_without_old_logprobs_the_ratio_is_one(policy, sequences, max_tokens):
+    """The gradient is then that of the given old log-probabilities being the policy's own, and they are returned."""
+    known = experience(policy, sequences)
+    own = replace(known, old_logprobs=tuple(plain_logprobs(policy, s).detach().float() for s in sequences))
+    micro = MicroBatching(max_tokens, 0, TEMPERATURE)
+    results = []
+    for batch in (own, replace(known, old_logprobs=None)):
+        policy.zero_grad()
+        metrics, old = differentiate(policy, batch, micro)
+        results.append((metrics, old, [parameter.grad.clone() for parameter in policy.parameters()]))
+    (_, given, expected), (metrics, own_pass, gradient) = results
+    assert metrics["policy/ratio_mean"] == 1.0
+    torch.testing.assert_close(own_pass, given, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)  # given ones are float32
 
 
 def test_a_tool_token_has_no_gradient_of_its_own(policy, sequences):
@@ -112,7 +156,7 @@ def test_a_tool_token_has_no_gradient_of_its_own(policy, sequences):
     for sequence in (ends_forced, other):
         policy.zero_grad()
         batch = Experience((sequence,), (torch.tensor([-1.0, -2.0]),), torch.tensor([1.0], dtype=torch.float64))
-        accumulate_gradient(policy, PPOClipLoss(), batch, MicroBatching(100, 0, 1.0), torch.Tensor.backward)
+        differentiate(policy, batch, MicroBatching(100, 0, 1.0))
         gradients.append([parameter.grad.clone() for parameter in policy.parameters()])
     for first, second in zip(*gradients, strict=True):
         assert torch.equal(first, second)
@@ -142,7 +186,7 @@ def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences
         loaded = load_policy(PolicyConfig(str(tmp_path), gradient_checkpointing=checkpointing)).train()
         assert loaded.model.is_gradient_checkpointing is checkpointing
         batch = experience(loaded, sequences)
-        accumulate_gradient(loaded, PPOClipLoss(), batch, MicroBatching(1000, 0, 1.0), torch.Tensor.backward)
+        differentiate(loaded, batch, MicroBatching(1000, 0, 1.0))
         gradients.append([parameter.grad for parameter in loaded.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
@@ -153,11 +197,12 @@ def test_export_loads_and_replaces_what_was_there(tmp_path):
     make_model(tmp_path / "start")
     policy = load_policy(PolicyConfig(str(tmp_path / "start")))
     tokenizer = load_tokenizer(str(tmp_path / "start"))
-    target = export_policy(policy, tokenizer, tmp_path / "out" / "policy")
+    target = export_policy(policy.model, tokenizer, tmp_path / "out" / "policy", full_state(policy, keep=True))
     with torch.no_grad():
         policy.model.get_input_embeddings().weight.add_(0.1)
     (tmp_path / "out" / ".policy.new").mkdir()  # what a kill in the middle of an export leaves
-    assert export_policy(policy, tokenizer, tmp_path / "out" / "policy") == target
+    state = full_state(policy, keep=True)
+    assert export_policy(policy.model, tokenizer, tmp_path / "out" / "policy", state) == target
     assert [path.name for path in target.parent.iterdir()] == ["policy"]
     loaded = AutoModelForCausalLM.from_pretrained(target)
     ids = torch.tensor([[3, 4, 5, 6]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues
+from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 from spo_lightning.types import PromptBatch
 
 LAST = "last.ckpt"
@@ -41,6 +43,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a file, or the folder of a run that was sharded."""
+        return consolidate(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **kwargs)
 
 
 class IterationCheckpoint(Checkpoint):
@@ -71,6 +77,7 @@ class IterationCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self.last_model_path = ""
         self._due_after_validation: int | None = None
+        self._requested = False
 
     def directory(self, trainer: Trainer) -> Path:
         """Where the checkpoints of this run are."""
@@ -97,7 +104,7 @@ class IterationCheckpoint(Checkpoint):
         """Sweep what a killed run left half-written; save a start that was expensive to draw."""
         if trainer.is_global_zero:
             for leftover in self.directory(trainer).glob("*.partial"):
-                leftover.unlink()
+                _remove(leftover)
         data = _data(trainer)
         if isinstance(data.value_start, DrawValues) and data.sampler.iteration == 0:
             self._save(trainer, 0)
@@ -107,12 +114,20 @@ class IterationCheckpoint(Checkpoint):
     ) -> None:
         """Save when it is time; all state of the iteration is final here."""
         done = batch.iteration + 1
-        if done % self.every_n_iterations == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            validates = _data(trainer).benchmarks and trainer.enable_validation
-            if validates and done % (trainer.val_check_batch or float("inf")) == 0:
-                self._due_after_validation = done
-            else:
-                self._save(trainer, done)
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not (self._requested or last or done % self.every_n_iterations == 0):
+            return
+        waits = validation_follows(trainer, done)
+        if waits:
+            self._due_after_validation = done
+        if self._requested or not waits:
+            self._save(trainer, done)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save when that was requested during the validation; once more at its end, to have it counted as done."""
+        if self._requested:
+            self._due_after_validation = _data(trainer).sampler.iteration
+            self._save(trainer, self._due_after_validation)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waited for the validation."""
@@ -120,13 +135,27 @@ class IterationCheckpoint(Checkpoint):
             done, self._due_after_validation = self._due_after_validation, None
             self._save(trainer, done)
 
+    def request(self) -> None:
+        """Have a checkpoint saved at the next occasion: the end of an iteration, or of a batch of a validation.
+
+        To be called on all ranks, from a callback's ``on_train_batch_end`` or ``on_validation_batch_end``.
+        """
+        self._requested = True
+
     def _save(self, trainer: Trainer, done: int) -> None:
+        self._requested = False
         if not self.last_model_path and trainer.is_global_zero:
             self._set_aside(trainer)
         path = self.directory(trainer) / f"iteration-{done:06d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        partial = path.with_name(f"{path.name}.partial")
+        trainer.save_checkpoint(partial, weights_only=False)  # a file or, from a sharding strategy, a folder
         self.last_model_path = str(path)
         if trainer.is_global_zero:
+            old = path.with_name(f"{path.name}.old.partial")
+            if path.is_dir():
+                path.rename(old)
+            partial.replace(path)
+            _remove(old)
             link = path.with_name(f"{LAST}.partial")
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
@@ -134,6 +163,19 @@ class IterationCheckpoint(Checkpoint):
             earlier = [saved for saved in path.parent.glob("iteration-*.ckpt") if saved.name <= path.name]
             for old in sorted(earlier)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def validation_follows(trainer: Trainer, done: int) -> bool:
+    """Whether the trainer validates after so many iterations."""
+    validates = bool(_data(trainer).benchmarks) and trainer.enable_validation
+    return validates and done % (trainer.val_check_batch or float("inf")) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _data(trainer: Trainer) -> SPODataModule:

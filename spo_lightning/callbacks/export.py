@@ -23,6 +23,6 @@ class ExportPolicy(Callback):
         self.dirpath = dirpath
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on rank zero."""
-        if self.at_end and trainer.is_global_zero:
+        """Export; all ranks take part, rank 0 writes."""
+        if self.at_end:
             cast(SPOModule, pl_module).export(self.dirpath or Path(trainer.default_root_dir) / "policy")

@@ -105,7 +105,7 @@ class SPOProgressBar(TQDMProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what a validation within a fit found; after ``validate`` Lightning prints a table itself."""
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         metrics = {name.removeprefix("val/"): value for name, value in trainer.callback_metrics.items()}
         found = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "_at_" in name)

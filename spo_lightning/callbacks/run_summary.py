@@ -67,7 +67,8 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print when the fit is interrupted or fails; the error itself follows."""
         self._print(trainer, pl_module, f"stopped by {type(exception).__name__}")
-        if any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks):
+        saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
+        if saved and trainer.is_global_zero:
             print("  continue with     the same command and --ckpt_path last", flush=True)
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:

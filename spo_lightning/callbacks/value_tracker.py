@@ -29,10 +29,11 @@ class ValueTrackerCallback(Callback):
         module = cast(SPOModule, pl_module)
         batches = data.estimate_batches(cast(DrawValues, data.value_start).num_samples)
         rows = []
-        for batch in tqdm(batches, desc="drawing start values", disable=None):
+        index = {prompt_id: position for position, prompt_id in enumerate(data.dataset.ids)}
+        for batch in tqdm(batches, desc="drawing start values", disable=None if trainer.is_global_zero else True):
             values = module.estimate_values(batch)
             _check_range(values, data.smoothing)
-            rows += [(prompt.index, row.n, row.reward_sum) for prompt, row in zip(batch.prompts, values, strict=True)]
+            rows += [(index[row.id], row.n, row.reward_sum) for row in values]
         data.initialize_values(StartValues.from_rows(rows, len(data.dataset)))
 
     def on_train_batch_end(

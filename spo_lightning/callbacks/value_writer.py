@@ -48,15 +48,19 @@ class ValueWriter(Callback):
                 f"{self.partial} was drawn under other settings ({whole[0] if whole else 'none'}) than now "
                 f"({json.dumps(self.settings)}); delete it, or choose another output"
             )
-        self.partial.write_text("\n".join(whole) + "\n")
         return [ValueRow(**json.loads(line)) for line in whole[1:]]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the partial file."""
+        if not trainer.is_global_zero:
+            return
         if not self.partial.exists():
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_text(json.dumps(self.settings) + "\n")
-        elif self.rows:
+            return
+        with self.partial.open("r+b") as file:  # a kill may have left half a line
+            file.truncate(file.read().rfind(b"\n") + 1)
+        if self.rows:
             print(f"{len(self.rows)} prompts are in {self.partial} already; drawing the rest")
 
     def on_predict_batch_end(
@@ -68,17 +72,22 @@ class ValueWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch's rows."""
+        """Keep a batch's rows, which are those of all ranks."""
+        self.rows.extend(outputs)
+        if not trainer.is_global_zero:
+            return
         with self.partial.open("a") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in outputs)
-        self.rows.extend(outputs)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say that what is done is kept."""
-        print(f"\n{len(self.rows)} prompts are kept in {self.partial}; the same command goes on from there")
+        if trainer.is_global_zero:
+            print(f"\n{len(self.rows)} prompts are kept in {self.partial}; the same command goes on from there")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the value file and say what is in it."""
+        if not trainer.is_global_zero:
+            return
         write_values(self.output, self.rows)
         self.partial.unlink()
         samples, reward = sum(row.n for row in self.rows), sum(row.reward_sum for row in self.rows)

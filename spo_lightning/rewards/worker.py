@@ -16,7 +16,8 @@ _STDIN = 0
 def main() -> None:
     """Serve tasks until the parent is gone. Arguments: descriptor of the connection, module of the functions."""
     descriptor, module_name = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # these reach a whole process group, or job
+        signal.signal(number, signal.SIG_IGN)  # the parent decides, and this process ends with it
     die_with_parent()
     module = import_module(module_name)
     with Connection(int(descriptor)) as connection:

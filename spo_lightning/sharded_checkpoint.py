@@ -1,0 +1,57 @@
+"""Sharded checkpoints read as if one process had written them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+METADATA = "meta.pt"
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether this is a checkpoint folder of a sharding strategy."""
+    return (path / METADATA).is_file()
+
+
+def written_by_fsdp2(path: Path) -> bool:
+    """Whether a sharded checkpoint is one of FSDP2; otherwise it is of ``FSDPStrategy``, which uses other names."""
+    return any(name.startswith("state_dict.") for name in FileSystemReader(path).read_metadata().state_dict_metadata)
+
+
+def consolidate(path: Path, optimizers: bool = True) -> dict[str, Any]:
+    """Assemble a sharded checkpoint of FSDP or FSDP2 in host memory, in the form of an unsharded one.
+
+    Args:
+        path: folder that a sharding strategy wrote, from any number of ranks.
+        optimizers: False leaves the state of the optimizers, which is most of it, on the disk.
+
+    Returns:
+        A Lightning checkpoint with full tensors; optimizer state by the position of the parameter.
+    """
+    shards: dict[str, Any] = {}
+    # What torch's own dcp_to_torch_save reads with.
+    planner = _EmptyStateDictLoadPlanner(None if optimizers else {"model", "state_dict"})
+    _load_state_dict(shards, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    states = [shards[key] for key in sorted(shards) if key.startswith("optimizer_")]
+    return {
+        **torch.load(path / METADATA, map_location="cpu", weights_only=True),
+        "state_dict": shards["model"] if "model" in shards else shards["state_dict"],
+        "optimizer_states": [_by_position(state) for state in states],
+    }
+
+
+def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer state by name, as sharding strategies keep it, to state by number, as torch optimizers do."""
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    number = {name: position for position, name in enumerate(names)}
+    return {
+        "state": {number[name]: values for name, values in optimizer["state"].items()},
+        "param_groups": [
+            {**group, "params": [number[name] for name in group["params"]]} for group in optimizer["param_groups"]
+        ],
+    }

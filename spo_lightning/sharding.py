@@ -1,0 +1,231 @@
+"""A policy spread over devices: how it is cut into units, and how its full parameters come out one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
+from torch.distributed.tensor import DTensor
+
+from spo_lightning.errors import ConfigError
+from spo_lightning.lora import merge_adapters
+from spo_lightning.policy import Policy, decoder_layers
+from spo_lightning.sharded_checkpoint import is_sharded, written_by_fsdp2
+from spo_lightning.strategies import FSDP2Strategy
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def is_sharding(strategy: Strategy) -> bool:
+    """Whether the strategy keeps only a part of the parameters on each rank."""
+    return isinstance(strategy, FSDPStrategy | FSDP2Strategy)
+
+
+def check_checkpoint(path: Path, strategy: Strategy) -> None:
+    """Refuse a sharded checkpoint that the other way of sharding wrote, before it fails to load.
+
+    Raises:
+        ConfigError: FSDP is to read what FSDP2 wrote, or the other way round.
+    """
+    if not is_sharded(path) or not is_sharding(strategy):
+        return
+    writer, reader = (
+        "FSDP2" if fsdp2 else "FSDP" for fsdp2 in (written_by_fsdp2(path), isinstance(strategy, FSDP2Strategy))
+    )
+    if writer != reader:
+        raise ConfigError(
+            f"the checkpoint {path} was written by {writer} and cannot be read by {reader}; go on with "
+            f"configs/strategy/{writer.lower()}.yaml, with ddp.yaml or single.yaml, or export the policy and start anew"
+        )
+
+
+def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:
+    """Shard a policy as its strategy wants it; any other than a sharding strategy leaves it as it is.
+
+    Each decoder layer is a unit; embedding, last norm and head are the root unit. Only rank 0 needs the weights: they
+    are broadcast a unit, or a tensor, at a time. Gradients are reduced in float32, and buffers (the rotary frequencies)
+    keep their dtype, whatever the precision.
+
+    Args:
+        policy: with its weights on rank 0, on the meta device on the others.
+        strategy: of the running trainer, inside ``configure_model``.
+
+    Raises:
+        ConfigError: the model does not say which of its modules are decoder layers, or FSDP is to shard parameters of
+            several dtypes.
+    """
+    if not is_sharding(strategy):
+        return policy
+    weights = policy.state_dict() if strategy.is_global_zero else {}
+    buffers = dict(policy.named_buffers()) if strategy.is_global_zero else {}
+    _empty(policy, torch.device("meta"))
+    if isinstance(strategy, FSDPStrategy):
+        sharded = _shard_fsdp1(policy, strategy)
+        _load_fsdp1(sharded, weights)
+    else:
+        sharded = _shard_fsdp2(policy, cast(FSDP2Strategy, strategy))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(sharded, weights, options=options)
+    for name, buffer in policy.named_buffers():
+        value = buffers.get(_plain(name), buffer).to(strategy.root_device, copy=True)
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
+    return sharded
+
+
+def _empty(policy: Policy, device: torch.device, module: nn.Module | None = None) -> None:
+    """Move a module, or all, without values; tie again what torch then gives a parameter each."""
+    if module is None:
+        policy.to_empty(device=device)
+    else:
+        module.to_empty(device=device, recurse=False)
+    policy.model.tie_weights()
+
+
+def _shard_fsdp1(policy: Policy, strategy: FSDPStrategy) -> nn.Module:
+    dtypes = {str(parameter.dtype) for parameter in policy.parameters()}
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"the policy has parameters of {' and '.join(sorted(dtypes))}, as LoRA beside bfloat16 weights does, which "
+            "FSDP cannot shard together; take configs/strategy/fsdp2.yaml, or model.policy.dtype float32"
+        )
+    precision = strategy.mixed_precision_config
+    if precision is not None:
+        precision = replace(precision, reduce_dtype=torch.float32, buffer_dtype=None)
+    return wrap(
+        policy,
+        auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in decoder_layers(policy.model)}),
+        mixed_precision=precision,
+        device_id=strategy.root_device,
+        param_init_fn=lambda module: _empty(policy, strategy.root_device, module),
+    )
+
+
+def _shard_fsdp2(policy: Policy, strategy: FSDP2Strategy) -> nn.Module:
+    device = strategy.root_device
+    mixed = strategy.precision_plugin.precision == "bf16-mixed"
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if strategy.cpu_offload else OffloadPolicy()
+    settings: dict[str, Any] = {
+        "mesh": strategy.shard_mesh,
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if mixed else None, torch.float32),
+        "offload_policy": offload,
+    }
+    for layer in decoder_layers(policy.model):
+        fully_shard(layer, **settings)
+    fully_shard(policy, **settings)
+    _empty(policy, torch.device("cpu") if strategy.cpu_offload else device)
+    return policy
+
+
+def full_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's full parameters under their Transformers names, whatever the strategy; collective when sharded.
+
+    One at a time: besides a parameter, at most its unit is whole on a rank. Tied parameters come once, adapters merged
+    into what they adapt. Parameters that are neither sharded nor adapted are not copied.
+
+    Args:
+        policy: a ``Policy``, sharded or not.
+    """
+    lora = cast(Policy, policy).lora
+    parameters = _whole_parameters(policy)
+    return parameters if lora is None else merge_adapters(parameters, lora)
+
+
+def _whole_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(policy, FullyShardedDataParallel):
+        for prefix, unit in policy.named_modules():
+            if isinstance(unit, FullyShardedDataParallel):
+                for name, value in _unit_parameters(f"{prefix}." if prefix else "", unit):
+                    yield _model_name(name), value.clone()
+        return
+    for name, parameter in policy.named_parameters():
+        value = parameter.detach()
+        yield _model_name(name), _whole(value) if isinstance(value, DTensor) else value
+
+
+def _load_fsdp1(policy: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Broadcast rank 0's weights, a unit at a time."""
+    for prefix, unit in policy.named_modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            for name, parameter in _unit_parameters(f"{prefix}." if prefix else "", unit, writeback=True):
+                if weights:
+                    parameter.copy_(weights[name])
+                dist.broadcast(parameter, 0)
+
+
+def _unit_parameters(
+    prefix: str, unit: FullyShardedDataParallel, writeback: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """A unit's own parameters, whole until the next one is asked for, under their names in the policy."""
+    modules = ((_plain(f"{name}."), module) for name, module in unit.named_modules() if module is not unit)
+    inner = tuple(name for name, module in modules if isinstance(module, FullyShardedDataParallel))
+    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
+        for name, parameter in unit.named_parameters():
+            if not _plain(name).startswith(inner):
+                yield _plain(prefix + name), parameter.detach()
+
+
+def _whole(value: DTensor) -> Tensor:
+    return cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the wrappers of sharding, checkpointing and compiling."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _model_name(name: str) -> str:
+    return _plain(name).removeprefix("model.")
+
+
+def full_state(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The model's full parameters on the CPU, for an export; collective when sharded.
+
+    Args:
+        policy: a ``Policy``, sharded or not.
+        keep: on the rank that wants them; the others take part and get nothing, and need no memory for them.
+    """
+    state = {}
+    for name, value in full_parameters(policy):
+        if keep:
+            state[name] = value.cpu()
+    return state
+
+
+def gradient_norm(policy: nn.Module) -> float:
+    """L2 norm of the whole gradient; collective when sharded."""
+    if isinstance(policy, FullyShardedDataParallel):
+        return policy.clip_grad_norm_(torch.finfo(torch.float32).max).item()  # by infinity it would make all of it NaN
+    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+    return (_whole(norm) if isinstance(norm, DTensor) else norm).item()
+
+
+def clip_gradient(policy: nn.Module, max_norm: float, norm: float) -> None:
+    """Scale the gradient so that its norm is at most ``max_norm``; collective when sharded.
+
+    Args:
+        policy: holds the gradient.
+        max_norm: bound.
+        norm: what ``gradient_norm`` gave.
+    """
+    scale = max_norm / (norm + 1e-6)
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    if scale < 1 and gradients:  # a rank's shards may hold frozen parameters only
+        torch._foreach_mul_(gradients, scale)

@@ -1,0 +1,130 @@
+"""Runs of ``test_ranks.py`` in one of several processes: python tests/rank_runs.py FOLDER, under torchrun's variables.
+
+Every strategy trains from the same start, then goes on from a checkpoint in the middle; rank 0 writes what came of it.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from spo_lightning.callbacks import IterationCheckpoint
+from spo_lightning.data.loaders import Benchmark
+from spo_lightning.data.sources import PromptSource
+from spo_lightning.data.value_start import DrawValues
+from spo_lightning.lora import LoraSettings
+from spo_lightning.sharding import full_state
+from spo_lightning.strategies import FSDP2Strategy
+
+from cpu_fsdp import CPUFSDPStrategy
+from runs import Recorder, make_run
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": DDPStrategy,
+    "fsdp": lambda: CPUFSDPStrategy(sharding_strategy="FULL_SHARD", state_dict_type="sharded"),
+    "fsdp2": FSDP2Strategy,
+}
+ITERATIONS, SAVED_AT = 4, 2
+
+# Plain gradient descent, where equal weights are equal gradients: folder of the inputs, strategy, policy, settings.
+SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "max_grad_norm": None}
+LORA = {"lora": LoraSettings(rank=2, alpha=8)}
+SPARSE = {"lora": LoraSettings(rank=2, alpha=8, target_modules=["down_proj"])}
+VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
+    "sgd-ddp": ("tied", "alone-sgd", DDPStrategy, {}),
+    "sgd-fsdp": ("tied", "alone-sgd", STRATEGIES["fsdp"], {}),
+    "sgd-fsdp2": ("tied", "alone-sgd", FSDP2Strategy, {}),
+    "hybrid-fsdp2": ("tied", "alone-sgd", lambda: FSDP2Strategy(replicas=2), {}),
+    "offload-fsdp2": ("tied", "alone-sgd", lambda: FSDP2Strategy(cpu_offload=True), {}),
+    "untied-fsdp": ("untied", "alone-untied", STRATEGIES["fsdp"], {}),
+    "untied-fsdp2": ("untied", "alone-untied", FSDP2Strategy, {}),
+    "lora-ddp": ("tied", "alone-lora", DDPStrategy, LORA),
+    "lora-fsdp": ("tied", "alone-lora", STRATEGIES["fsdp"], LORA),
+    "lora-fsdp2": ("tied", "alone-lora", FSDP2Strategy, LORA),
+    # adapters so few that a rank's part of a layer holds none, and a gradient that is clipped
+    "sparse-fsdp": ("tied", "alone-sparse", STRATEGIES["fsdp"], SPARSE),
+}
+
+
+class Trajectory(Recorder):
+    """Also keeps the tracker's values after every iteration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        self.values.append(trainer.datamodule.tracker.value.clone())
+
+
+def run(
+    folder: Path,
+    name: str,
+    strategy: Strategy | str,
+    devices: int,
+    ckpt_path: Path | None = None,
+    policy: dict[str, Any] | None = None,
+    **module_settings: Any,
+) -> dict[str, Any]:
+    """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
+    trajectory = Trajectory()
+    checkpoint = IterationCheckpoint(every_n_iterations=SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
+    trainer, module, data = make_run(
+        folder,
+        callbacks=[trajectory, checkpoint],
+        data={
+            "num_iterations": ITERATIONS,
+            "batch_size": 5,
+            "value_start": DrawValues(2),
+            "benchmarks": {"b": Benchmark(PromptSource(str(folder / "train.jsonl"), id_column="id"), 2, 3)},
+        },
+        trainer={
+            "strategy": strategy,
+            "devices": devices,
+            "enable_checkpointing": True,
+            "val_check_interval": ITERATIONS,
+            "logger": False,
+        },
+        policy=policy,
+        micro_batch_tokens=26,
+        **module_settings,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return {
+        "prompts": [[prompt.index for prompt in batch.prompts] for batch in trajectory.batches],
+        "baseline": [batch.baseline for batch in trajectory.batches],
+        "completions": [[record.completion for record in records] for records in trajectory.records],
+        "reward": [outcome.reward for outcome in trajectory.outcomes],
+        "drift": [outcome.drift for outcome in trajectory.outcomes],
+        "advantages": [[record.advantage for record in records] for records in trajectory.records],
+        "values": trajectory.values,
+        "metrics": [{k: v for k, v in m.items() if k.startswith(("policy", "val"))} for m in trajectory.metrics],
+        "weights": full_state(module.policy, keep=True),
+        "benchmark": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
+    }
+
+
+def settings_of(policy: dict[str, Any]) -> dict[str, Any]:
+    """Of a variant; clipping makes gradient descent slow, so that it moves further with a larger rate."""
+    return {"optimizer": partial(torch.optim.SGD, lr=0.5), "max_grad_norm": 0.1} if policy is SPARSE else SGD
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for name, build in STRATEGIES.items():
+        whole = run(folder, name, build(), 2)
+        middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+        resumed = run(folder, f"{name}-resumed", build(), 2, middle)
+        torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+    for name, (inputs, _, build, policy) in VARIANTS.items():
+        whole = run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy))
+        torch.save({"whole": whole}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Two real processes compute what one computes: DDP, FSDP and FSDP2, on batches that do not divide by two.
+
+The processes train once for the whole file (``rank_runs.py``); the tests compare what they wrote.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM
+
+from spo_lightning.errors import ConfigError
+from spo_lightning.sharding import check_checkpoint
+from spo_lightning.strategies import FSDP2Strategy
+
+from cpu_fsdp import CPUFSDPStrategy
+from rank_runs import ITERATIONS, SAVED_AT, STRATEGIES, VARIANTS, run, settings_of
+from runs import make_run, write_inputs
+
+EXACT = ("prompts", "completions")
+CLOSE = ("baseline", "reward", "drift", "advantages", "values")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the two processes left their results; of parallel test workers the first starts them."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            write_inputs(path)
+            write_inputs(path / "tied")
+            write_inputs(path / "untied", tied=False)
+            for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
+                config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
+            train_on_two_processes(path)
+    return path
+
+
+def train_on_two_processes(path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        variables = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(Path(__file__).with_name("rank_runs.py")), str(path)]
+        with (path / f"log{rank}").open("w") as log:
+            ranks.append(subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=400) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0], "\n".join((path / f"log{rank}").read_text()[-3000:] for rank in range(2))
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[str, Any]:
+    """The same run in this process."""
+    return run(folder, f"alone-{os.getpid()}", "auto", 1)
+
+
+def load(folder: Path, strategy: str, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"{strategy}-rank{rank}.pt", weights_only=False)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], skipped: int = 0) -> None:
+    """The same trajectory to rounding; ``skipped`` iterations of the expected one come before it."""
+    for key in EXACT:
+        assert found[key] == expected[key][skipped:], key
+    for key in CLOSE:
+        torch.testing.assert_close(found[key], expected[key][skipped:], rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(found["metrics"], expected["metrics"][skipped:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_follow_the_trajectory_of_one(folder, alone, strategy):
+    assert len({tuple(rows) for rows in alone["completions"]}) > 1
+    assert any(value > 0 for drift in alone["drift"] for value in drift)
+    assert_same(load(folder, strategy)["whole"], alone)
+
+
+@pytest.fixture(scope="module")
+def references(folder) -> dict[str, dict[str, Any]]:
+    """The runs in this process that the variants must follow."""
+    needed = {reference: (inputs, policy) for inputs, reference, _, policy in VARIANTS.values()}
+    return {
+        name: run(folder / inputs, f"{name}-{os.getpid()}", "auto", 1, policy=policy, **settings_of(policy))
+        for name, (inputs, policy) in needed.items()
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_follow_the_trajectory_of_one_process(folder, references, variant):
+    expected = references[VARIANTS[variant][1]]
+    start = AutoModelForCausalLM.from_pretrained(folder / VARIANTS[variant][0] / "start").state_dict()
+    moved = max((value - start[name]).abs().max().item() for name, value in expected["weights"].items())
+    assert moved > 1e-2
+    assert_same(load(folder, variant)["whole"], expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_know_the_same(folder, strategy):
+    first, second = (load(folder, strategy, rank)["whole"] for rank in range(2))
+    for key in EXACT:
+        assert first[key] == second[key]
+    for key in (*CLOSE, "weights", "benchmark"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_equals_the_uninterrupted_one(folder, strategy):
+    runs = load(folder, strategy)
+    assert len(runs["resumed"]["prompts"]) == ITERATIONS - SAVED_AT
+    for key in EXACT:
+        assert runs["resumed"][key] == runs["whole"][key][SAVED_AT:]
+    for key in CLOSE:
+        torch.testing.assert_close(runs["resumed"][key], runs["whole"][key][SAVED_AT:], rtol=0, atol=0)
+    torch.testing.assert_close(runs["resumed"]["weights"], runs["whole"]["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_benchmarks_answered_by_two_processes_are_those_of_one(folder, alone, strategy):
+    """Eight problems in threes: the ranks get unequal shares."""
+    assert {"val/b/avg_at_2", "val/b/maj_at_2", "val/b/pass_at_2"} <= set(alone["benchmark"])
+    assert load(folder, strategy)["whole"]["benchmark"] == pytest.approx(alone["benchmark"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, alone, strategy):
+    middle = folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+    assert middle.is_dir() is (strategy != "ddp")  # sharded ones are folders
+    assert_same(run(folder, f"{strategy}-in-one", "auto", 1, middle), alone, SAVED_AT)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_becomes_a_hugging_face_folder(folder, strategy, capsys):
+    trainer, module, data = make_run(folder)
+    last = folder / f"{strategy}-checkpoints" / "last.ckpt"
+    trainer.export(module, data, str(last), str(folder / f"{strategy}-policy"))
+    exported = AutoModelForCausalLM.from_pretrained(folder / f"{strategy}-policy").state_dict()
+    weights = load(folder, strategy)["whole"]["weights"]
+    assert weights.keys() <= exported.keys()
+    for name, value in weights.items():
+        assert torch.equal(exported[name], value), name
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_each_rank_writes_half_of_a_sharded_checkpoint(folder, strategy):
+    metadata = FileSystemReader(folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt").read_metadata()
+    elements: Counter[str] = Counter()
+    for index, stored in metadata.storage_data.items():
+        described = metadata.state_dict_metadata[index.fqn]
+        if isinstance(described, TensorStorageMetadata):
+            chunk = next(chunk for chunk in described.chunks if chunk.offsets == index.offset)
+            elements[stored.relative_path] += chunk.sizes.numel()
+    assert len(elements) == 2
+    assert max(elements.values()) < 0.55 * elements.total()
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("fsdp", FSDP2Strategy()), ("fsdp2", CPUFSDPStrategy())])
+def test_the_other_way_of_sharding_is_refused_with_what_reads_it(folder, writer, reader):
+    with pytest.raises(ConfigError, match=f"go on with configs/strategy/{writer}.yaml"):
+        check_checkpoint(folder / f"{writer}-checkpoints" / "last.ckpt", reader)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_what_can_be_read_is_not_refused(folder, strategy):
+    last = folder / f"{strategy}-checkpoints" / "last.ckpt"
+    for reader in (STRATEGIES[strategy](), DDPStrategy(), SingleDeviceStrategy()):
+        check_checkpoint(last, reader)
