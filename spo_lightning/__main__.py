@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 
-COMMANDS = ("fit", "validate", "test", "estimate", "export")
+COMMANDS = ("fit", "validate", "test", "estimate", "export", "plan")
 
 USAGE = """\
 usage: spo COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
@@ -19,6 +19,7 @@ commands:
   test       answer the benchmarks of data.benchmarks, metrics under test/
   estimate   draw completions of every training prompt and write a value file for fit
   export     write the policy of a checkpoint as a Hugging Face folder
+  plan       print what a configuration needs of each device's memory, without the devices
 
 Configurations compose: a later --config or --key overrides what stands before it.
   spo fit --config configs/quickstart.yaml --model.num_minibatches 2
@@ -49,7 +50,10 @@ def main() -> None:
     # Idle OpenMP threads spin, by default so long that a small policy on two cores is ten times slower beside one busy
     # process; without any spinning it is twice as slow on an idle machine. Has to be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    from spo_lightning.cli import run
+    if arguments[0] == "plan":
+        from spo_lightning.plan_command import run
+    else:
+        from spo_lightning.cli import run
 
     run()
 
