@@ -47,8 +47,9 @@ def time_tensors(num_prompts: int, repeats: int) -> Timings:
     index = draw_prompts(weights, BATCH_SIZE, generator)
     reward = torch.randint(0, 2, (BATCH_SIZE,), generator=generator)
     drift = torch.rand(BATCH_SIZE, generator=generator) / 50
+    version = torch.zeros_like(index)
     return (
-        median_ms(lambda: tracker.update(index, reward, drift), repeats),
+        median_ms(lambda: tracker.update(index, reward, drift, version), repeats),
         median_ms(lambda: weigh(tracker.value), repeats),
         median_ms(lambda: draw_prompts(weights, BATCH_SIZE, generator), repeats),
     )

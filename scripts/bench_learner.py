@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,9 @@ def make_experience(vocab_size: int, count: int, length: int) -> Experience:
     for total in torch.linspace(length / 2, length, count).long().tolist():
         token_ids = torch.randint(vocab_size, (total,), generator=generator)
         sequences.append(TokenSequence(token_ids, torch.arange(total) >= total // 8))
-    return Experience(tuple(sequences), None, torch.randn(count, generator=generator, dtype=torch.float64))
+    advantages = torch.randn(count, generator=generator, dtype=torch.float64)
+    sampling_logprobs = tuple(torch.zeros(int(sequence.completion_mask.sum())) for sequence in sequences)
+    return Experience(tuple(sequences), None, sampling_logprobs, advantages)
 
 
 def forward_flops(model: Any, experience: Experience) -> float:
@@ -211,7 +214,7 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     def update() -> None:
         with autocast:
             old_logprobs = tuple(score(policy, experience.sequences, micro, ranks))
-            batch = Experience(experience.sequences, old_logprobs, experience.advantages)
+            batch = replace(experience, old_logprobs=old_logprobs)
             accumulate_gradient(policy, loss, batch, micro, ranks, lambda value, last: value.backward())
         optimizer.step()
         optimizer.zero_grad()

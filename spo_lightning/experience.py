@@ -44,12 +44,27 @@ class Experience:
         sequences: N sequences.
         old_logprobs: N tensors (S_i,) float32, log-probability of each sampled token under the policy before the
             update; or ``None``: the policy that is differentiated is that policy, and its ratio is 1.
+        sampling_logprobs: N tensors (S_i,) float32, log-probability of each sampled token in the engine, under the
+            distribution it was really drawn from.
         advantages: (N,) float64, normalised over the global batch.
+
+    Raises:
+        ValueError: the number of sequences, log-probabilities and advantages, or of a sequence's sampled tokens and
+            their log-probabilities, differ.
     """
 
     sequences: tuple[TokenSequence, ...]
     old_logprobs: tuple[Tensor, ...] | None
+    sampling_logprobs: tuple[Tensor, ...]
     advantages: Tensor
+
+    def __post_init__(self) -> None:
+        lengths = [int(sequence.completion_mask.sum()) for sequence in self.sequences]
+        _check_ragged("sampling_logprobs", self.sampling_logprobs, lengths)
+        if self.old_logprobs is not None:
+            _check_ragged("old_logprobs", self.old_logprobs, lengths)
+        if self.advantages.shape != (len(lengths),):
+            raise ValueError(f"advantages has shape {tuple(self.advantages.shape)}; it must be ({len(lengths)},)")
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -59,6 +74,7 @@ class Experience:
         return Experience(
             tuple(self.sequences[row] for row in rows),
             None if self.old_logprobs is None else tuple(self.old_logprobs[row] for row in rows),
+            tuple(self.sampling_logprobs[row] for row in rows),
             self.advantages[list(rows)],
         )
 
@@ -66,6 +82,17 @@ class Experience:
     def num_tokens(self) -> int:
         """Tokens that the policy sampled."""
         return sum(int(sequence.completion_mask.sum()) for sequence in self.sequences)
+
+
+def _check_ragged(name: str, values: Sequence[Tensor], lengths: Sequence[int]) -> None:
+    if len(values) != len(lengths):
+        raise ValueError(f"{name} has {len(values)} tensors for {len(lengths)} sequences; it must have one for each")
+    for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
+        if value.shape != (length,):
+            raise ValueError(
+                f"{name}[{row}] has shape {tuple(value.shape)}; it must be ({length},), one value for each token that "
+                "the policy sampled"
+            )
 
 
 def scatter_tokens(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:

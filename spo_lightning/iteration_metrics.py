@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spo_lightning.algorithms import ImportanceSampling, OffPolicyCorrection
+from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import CompletionRecord
 
@@ -39,30 +41,61 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return metrics
 
 
-def learning_metrics(
-    reward: Tensor,
-    baseline: Tensor,
-    advantages: Tensor,
-    old_logprobs: Sequence[Tensor],
-    sampling_logprobs: Sequence[Tensor],
-) -> dict[str, float]:
-    """Baselines, advantages, and how far the engine's log-probabilities are from the trainer's.
+def learning_metrics(reward: Tensor, baseline: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Baselines and advantages of the decided completions.
 
     Args:
         reward: (N,) float64.
         baseline: (N,) float64.
         advantages: (N,) float64, normalised.
-        old_logprobs: N tensors (S_i,), the trainer's.
-        sampling_logprobs: N tensors (S_i,), the engine's.
     """
-    difference = (torch.cat(tuple(old_logprobs)) - torch.cat(tuple(sampling_logprobs))).abs()
     return {
         "advantage/baseline_mean": float(baseline.mean()),
         "advantage/raw_std": _spread(reward - baseline),
         "advantage/abs_max": float(advantages.abs().max()),
-        "sampling/logp_difference_mean": float(difference.mean()),
-        "sampling/logp_difference_max": float(difference.max()),
     }
+
+
+def mismatch_metrics(
+    old_logprobs: Sequence[Tensor], sampling_logprobs: Sequence[Tensor], correction: OffPolicyCorrection | None
+) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the trainer's, and what a correction does about it.
+
+    ``sampling/kl`` is the mean over tokens of ``r - 1 - log r``, r = old / sampler, an estimate of KL(sampler ||
+    trainer) per token that is never negative. Log ratios are limited to 20 before they are exponentiated.
+    ``sampling/effective_sample_size`` is ``(sum w)^2 / (n sum w^2)`` over the n tokens: the share of them that, equally
+    weighted, would give as much certainty. With a correction w are its weights (0 when it masks all), and there are
+    also the shares of tokens that it truncated and masked; without one w are the untruncated ratios.
+
+    Args:
+        old_logprobs: N tensors (S_i,), the trainer's; together at least one token.
+        sampling_logprobs: N tensors (S_i,), the engine's.
+        correction: what the update used.
+    """
+    weigh = ImportanceSampling(cap=None) if correction is None else correction
+    greatest, parts = [], []
+    for old, sampling in zip(old_logprobs, sampling_logprobs, strict=True):
+        if len(old) == 0:
+            continue
+        log_ratio = old.double() - sampling.double()
+        weighed = weigh(old[None], sampling[None], torch.ones_like(old[None], dtype=torch.bool))
+        weights = weighed.weights.double()
+        divergence = log_ratio.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio
+        values = (log_ratio.abs(), divergence, weights, weights.square(), weighed.truncated, weighed.masked)
+        greatest.append(log_ratio.abs().max())
+        parts.append(torch.stack([value.sum(dtype=torch.float64) for value in values]))
+    count = sum(len(old) for old in old_logprobs)
+    difference, divergence_sum, weight, square, truncated, masked = torch.stack(parts).sum(0).tolist()
+    metrics = {
+        "sampling/logp_difference_mean": difference / count,
+        "sampling/logp_difference_max": float(torch.stack(greatest).max()),
+        "sampling/kl": divergence_sum / count,
+        "sampling/effective_sample_size": weight**2 / (count * square) if square else 0.0,
+    }
+    if correction is not None:
+        metrics["sampling/truncated_fraction"] = truncated / count
+        metrics["sampling/masked_fraction"] = masked / count
+    return metrics
 
 
 def timing_metrics(seconds: dict[str, float], total: float, tokens: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from spo_lightning.algorithms import BatchTotals, PolicyLoss
+from spo_lightning.algorithms import BatchTotals, OffPolicyCorrection, PolicyLoss
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.micro_batches import MicroBatch, MicroBatching
@@ -53,6 +53,7 @@ def accumulate_gradient(
     micro: MicroBatching,
     ranks: Ranks,
     backward: Backward,
+    correction: OffPolicyCorrection | None = None,
 ) -> tuple[dict[str, float], tuple[Tensor, ...]]:
     """Add the gradient of one mini-batch's loss to the parameters; the ranks share the work.
 
@@ -67,6 +68,7 @@ def accumulate_gradient(
         micro: how to cut it.
         ranks: all of them call this together.
         backward: called with each micro-batch's loss, and whether it is the last one.
+        correction: weighs the tokens by old against sampling log-probabilities; ``None`` weighs all alike.
 
     Returns:
         ``policy/loss``, ``policy/entropy`` (nats per sampled token), the metrics of the loss and
@@ -86,12 +88,14 @@ def accumulate_gradient(
             old = logprobs.detach()
             mine.update(_by_row(rows, old, inputs.lengths))
         else:
-            old = torch.cat([*part.old_logprobs, torch.empty(0)]).to(logprobs)
+            old = _flat(part.old_logprobs, logprobs)
         mask = (torch.arange(int(inputs.lengths.max())) < inputs.lengths.unsqueeze(-1)).to(micro.device)
         advantages = part.advantages if rows else part.advantages.new_zeros(1)
-        loss, metrics = loss_function(
-            _lay_out(logprobs, mask), _lay_out(old, mask), advantages.to(logprobs), mask, totals
-        )
+        old = _lay_out(old, mask)
+        weights = None
+        if correction is not None:
+            weights = correction(old, _lay_out(_flat(part.sampling_logprobs, logprobs), mask), mask).weights
+        loss, metrics = loss_function(_lay_out(logprobs, mask), old, advantages.to(logprobs), mask, totals, weights)
         backward(loss * ranks.world_size, number == len(parts))
         sums["policy/loss"] += loss.detach()
         sums["policy/entropy"] += entropy.sum() / totals.tokens
@@ -100,6 +104,11 @@ def accumulate_gradient(
     summed = ranks.sum({name: value.item() for name, value in sums.items()})
     old_logprobs = batch.old_logprobs or tuple(_merge(mine, len(batch), ranks))
     return {**summed, "perf/padding_fraction": plan.padding_fraction}, old_logprobs
+
+
+def _flat(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Ragged values as one (P,) tensor where the policy computes; none at all are an empty one."""
+    return torch.cat([*values, torch.empty(0)]).to(like)
 
 
 def _lay_out(values: Tensor, mask: Tensor) -> Tensor:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jsonargparse import lazy_instance
@@ -26,7 +24,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from spo_lightning.algorithms import (
     AdvantageEstimator,
     DriftEstimator,
+    ImportanceSampling,
     MeanAbsLogRatio,
+    OffPolicyCorrection,
     PolicyLoss,
     PPOClipLoss,
     TrajectoryNormalized,
@@ -37,8 +37,15 @@ from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkEvaluator
 from spo_lightning.experience import Experience, TokenSequence
-from spo_lightning.iteration_metrics import completion_records, learning_metrics, rollout_metrics, timing_metrics
-from spo_lightning.learner import accumulate_gradient, score
+from spo_lightning.generation import Generation
+from spo_lightning.iteration_metrics import (
+    completion_records,
+    learning_metrics,
+    mismatch_metrics,
+    rollout_metrics,
+    timing_metrics,
+)
+from spo_lightning.learner import score
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.policy import (
@@ -50,22 +57,19 @@ from spo_lightning.policy import (
     load_tokenizer,
     tells_packed_sequences_apart,
 )
+from spo_lightning.policy_update import PolicyUpdate
 from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
-from spo_lightning.rollouts.collector import Rollout, RolloutCollector
+from spo_lightning.rollouts.batch_collector import CollectedBatch
+from spo_lightning.rollouts.collection import Collection
+from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
-from spo_lightning.sharding import (
-    clip_gradient,
-    full_parameters,
-    full_state,
-    gradient_norm,
-    is_sharding,
-    shard_policy,
-)
+from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
 from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
+from spo_lightning.weight_check import TOLERANCE
 
 
 class SPOModule(LightningModule):
@@ -75,10 +79,14 @@ class SPOModule(LightningModule):
         policy: the language model.
         reward: grades completions.
         engine: generates completions; ``None`` takes a ``TransformersEngine``.
+        collection: what becomes of rollouts that the batch does not wait for, where ``data.oversampling`` is above 1.
         sampling: how training completions are sampled.
         eval_sampling: how benchmark completions are sampled; the defaults are the paper's.
         advantage: turns rewards and baselines into advantages (SPO eq. 9).
         loss: the surrogate (SPO eq. 10).
+        correction: weighs tokens by how likely the trainer's policy finds what the engine sampled; ``None`` does not.
+        old_logprobs: the ratio's denominator: "trainer" scores the completions before the update, "engine" takes the
+            log-probabilities that they were sampled with and saves that pass.
         drift: estimates D(x) for the tracker (SPO §4.1).
         drift_max_tokens: leading sampled tokens of a prompt's last completion that are kept to measure its drift.
         optimizer: any torch optimizer.
@@ -89,6 +97,8 @@ class SPOModule(LightningModule):
             policy's attention has kernels for it (flash attention, flex attention).
         max_grad_norm: gradients are clipped to this norm; ``None`` leaves them.
         max_skipped_steps: training stops after so many optimiser steps in a row with a loss or gradient not finite.
+        push_tolerance: after every push of weights a few tokens are compared; the largest mean |difference| of their
+            log-probabilities between engine and trainer. ``None`` goes by the dtypes, infinity compares nothing.
         seed: of rollouts and mini-batches.
 
     Raises:
@@ -100,10 +110,13 @@ class SPOModule(LightningModule):
         policy: PolicyConfig,
         reward: Reward,
         engine: RolloutEngine | None = None,
+        collection: Collection = Collection(),  # noqa: B008 (frozen)
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
         eval_sampling: SamplingParams = SamplingParams(32768, 0.6, 0.95, 20),  # noqa: B008 (frozen)
         advantage: AdvantageEstimator = lazy_instance(TrajectoryNormalized),  # noqa: B008 (stateless, as the next two)
         loss: PolicyLoss = lazy_instance(PPOClipLoss),  # noqa: B008
+        correction: OffPolicyCorrection | None = lazy_instance(ImportanceSampling),  # noqa: B008
+        old_logprobs: Literal["trainer", "engine"] = "trainer",
         drift: DriftEstimator = lazy_instance(MeanAbsLogRatio),  # noqa: B008
         drift_max_tokens: int = 512,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -113,6 +126,7 @@ class SPOModule(LightningModule):
         padding_free: bool | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_steps: int = 5,
+        push_tolerance: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -126,6 +140,8 @@ class SPOModule(LightningModule):
         problems = [f"{name} is {value}; it must be at least 1" for name, value in counts.items() if value < 1]
         if max_grad_norm is not None and not max_grad_norm > 0:
             problems.append(f"max_grad_norm is {max_grad_norm}; it must be positive, or null for no clipping")
+        if push_tolerance is not None and not push_tolerance > 0:
+            problems.append(f"push_tolerance is {push_tolerance}; it must be positive, .inf compares nothing")
         if sampling.temperature == 0:
             problems.append("sampling.temperature is 0; training needs sampled completions, set it above 0")
         if problems:
@@ -133,10 +149,13 @@ class SPOModule(LightningModule):
         self.policy_config = policy
         self.reward = reward
         self.engine: RolloutEngine = TransformersEngine() if engine is None else engine
+        self.collection = collection
         self.sampling = sampling
         self.eval_sampling = eval_sampling
         self.advantage = advantage
         self.loss = loss
+        self.correction = correction
+        self.old_logprobs = old_logprobs
         self.drift = drift
         self.drift_max_tokens = drift_max_tokens
         self.optimizer_factory = optimizer
@@ -145,13 +164,13 @@ class SPOModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.packed = tells_packed_sequences_apart(policy.attn_implementation) if padding_free is None else padding_free
         self.max_grad_norm = max_grad_norm
+        self.push_tolerance = push_tolerance
         self.seed = seed
         self.guard = NonFiniteGuard(max_skipped_steps)
         self.stages = StageTimer()
         self.completions_seen = 0
         self.policy_version = 0
         self.exported_path: Path | None = None
-        self._collector: RolloutCollector | None = None
         self._evaluators: dict[str, BenchmarkEvaluator] = {}
 
     # Set-up and take-down
@@ -193,6 +212,9 @@ class SPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what the module cannot do, before any work."""
         self.ranks = Ranks()
+        self.generation = Generation(
+            self.engine, self.reward, self.ranks, self.stages, self.collection, self.sampling, self.seed
+        )
         if stage != "fit":
             return
         if self.trainer.precision in ("16-mixed", "16-true"):
@@ -232,17 +254,27 @@ class SPOModule(LightningModule):
                 "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
                 "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
             )
+        carries = data.oversampling > 1 and self.collection.unfinished == "carry"
+        if self.engine.runs_in_background and carries and self.collection.max_staleness == 0:
+            raise ConfigError(
+                "model.collection.max_staleness is 0 and the engine goes on while the policy trains: what it begins "
+                "then is one version old; allow at least 1, or set model.collection.unfinished to drop"
+            )
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
             rank_zero_warn(
                 f"model.sampling has top_p {self.sampling.top_p} and top_k {self.sampling.top_k}: completions come "
                 "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
             )
         self._start_engine()
+        self._check_lengths({"train": data.dataset, **data.benchmark_prompts})
 
     def on_validation_start(self) -> None:
-        """Check the benchmarks' answers; during ``fit`` that has been done."""
+        """Check the benchmarks' answers and lengths; during ``fit`` that has been done."""
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self._check_references(self.trainer.datamodule.benchmark_prompts)  # type: ignore[attr-defined]
+            benchmarks = self.trainer.datamodule.benchmark_prompts  # type: ignore[attr-defined]
+            self._check_references(benchmarks)
+            self._start_engine()
+            self._check_lengths(benchmarks)
 
     on_test_start = on_validation_start
 
@@ -257,21 +289,19 @@ class SPOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Release engine and graders."""
-        if self._collector is not None:
-            self.engine.close()
-            self._collector = None
-        self.reward.close()
+        self.generation.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counters."""
+        """Keep the counters and the open rollouts."""
         checkpoint["spo"] = {
+            "rollouts": self.generation.state_dict(),
             "guard": self.guard.state_dict(),
             "completions_seen": self.completions_seen,
             "optimizer": self._optimizer_name(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters back."""
+        """Take the counters and the open rollouts back."""
         self.guard.load_state_dict(checkpoint["spo"]["guard"])
         self.completions_seen = checkpoint["spo"]["completions_seen"]
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -282,6 +312,10 @@ class SPOModule(LightningModule):
                     "over: keep the optimizer, or export the policy and start a new run from it"
                 )
             self._reopen_finished_run(checkpoint)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.generation.load_state_dict(
+                checkpoint["spo"]["rollouts"], data.dataset.__getitem__, data.completions_per_prompt
+            )
 
     def _optimizer_name(self) -> str:
         return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])).__name__
@@ -313,65 +347,52 @@ class SPOModule(LightningModule):
         start = time.perf_counter()
         self.stages.reset()
         seed_iteration(self.seed, batch.iteration, self.global_rank)
-        rollouts = self._roll_out(batch)
-        metrics = rollout_metrics(rollouts)
+        self.policy_version = batch.iteration
+        metrics = self._push_weights(self.trainer.datamodule.dataset.longest)  # type: ignore[attr-defined]
+        collected = self.generation.collect(batch)
+        rollouts = collected.rollouts
+        metrics |= rollout_metrics(rollouts) | collected.metrics
         decided = decided_rows(rollouts)
-        outcome = build_outcome(rollouts, (), {}, self.drift_max_tokens) if not decided else None
-        advantages = torch.empty(0, dtype=torch.float64)
         if decided:
-            outcome, experience, learned = self._learn(batch, rollouts, decided)
-            advantages = experience.advantages
+            outcome, advantages, learned = self._learn(batch, collected, decided)
             metrics |= learned
             self.policy_version = batch.iteration + 1
+        else:
+            outcome = build_outcome(rollouts, (), {}, self.drift_max_tokens, collected.ended)
+            advantages = torch.empty(0, dtype=torch.float64)
         self.completions_seen += len(rollouts)
         tokens = sum(rollout.completion.num_sampled for rollout in rollouts)
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
         self.log_dict(metrics, on_step=True, on_epoch=False)
         by_row = dict(zip(decided, advantages.tolist(), strict=True))
-        return {"outcome": outcome, "records": completion_records(batch.iteration, rollouts, batch.baseline, by_row)}
-
-    def _roll_out(self, batch: PromptBatch) -> list[Rollout]:
-        """Complete and grade the prompts, each rank its share; every rank gets them all, in the order of the batch."""
-        seeds = [derive_seed(self.seed, SeedStream.ROLLOUT, batch.iteration, row) for row in range(len(batch.prompts))]
-        prompts = self.ranks.share(batch.prompts)
-        with self.stages("rollout"):
-            self.policy_version = batch.iteration
-            self._push_weights()
-            completions = self.collector.generate(prompts, self.sampling, self.ranks.share(seeds))
-        with self.stages("reward"):
-            graded = [(r.completion, r.grade) for r in self.collector.grade(prompts, completions)]
-        with self.stages("exchange"):
-            merged = self.ranks.merge(graded)
-        return [Rollout(prompt, *rest) for prompt, rest in zip(batch.prompts, merged, strict=True)]
+        records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
+        return {"outcome": outcome, "records": records}
 
     def _learn(
-        self, batch: PromptBatch, rollouts: list[Rollout], decided: list[int]
-    ) -> tuple[Outcome, Experience, dict[str, float]]:
-        """Score what must be, update the policy, and tell what came of it.
+        self, batch: PromptBatch, collected: CollectedBatch, decided: list[int]
+    ) -> tuple[Outcome, Tensor, dict[str, float]]:
+        """Score what must be, update the policy, and tell what came of it, with the normalised advantages.
 
         The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
         """
-        experience = build_experience(batch, rollouts, self.advantage)
-        previous = PreviousCompletions.of(batch, decided)
+        rollouts = collected.rollouts
+        experience = build_experience(rollouts, collected.baseline, self.advantage)
+        previous = PreviousCompletions.of([rollouts[row] for row in decided], batch.previous)
         minibatches = self._minibatches(len(experience), batch.iteration)
-        later = [row for rows in minibatches[1:] for row in rows]
+        old_logprobs = dict(enumerate(experience.sampling_logprobs)) if self.old_logprobs == "engine" else {}
+        later = [row for rows in minibatches[1:] for row in rows if row not in old_logprobs]
         with self.stages("score"):
             scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
         drifts = previous.drifts(self.drift, scored[len(later) :])
-        old_logprobs = dict(zip(later, scored, strict=False))
+        old_logprobs |= dict(zip(later, scored, strict=False))
         with self.stages("update"):
             metrics = self._update(experience, minibatches, old_logprobs, batch.iteration)
         ordered = [old_logprobs[row] for row in range(len(experience))]
-        outcome = build_outcome(rollouts, ordered, drifts, self.drift_max_tokens)
-        sampled = [rollouts[row].completion for row in decided]
-        metrics |= learning_metrics(
-            outcome.reward,
-            batch.baseline[decided],
-            experience.advantages,
-            ordered,
-            [completion.sampling_logprobs[completion.completion_mask] for completion in sampled],
-        )
-        return outcome, experience, metrics
+        outcome = build_outcome(rollouts, ordered, drifts, self.drift_max_tokens, collected.ended)
+        metrics |= learning_metrics(outcome.reward, collected.baseline[decided], experience.advantages)
+        if self.old_logprobs == "trainer":  # otherwise the two are the same by construction
+            metrics |= mismatch_metrics(ordered, experience.sampling_logprobs, self.correction)
+        return outcome, experience.advantages, metrics
 
     def _minibatches(self, count: int, iteration: int) -> list[list[int]]:
         """Rows of each optimiser step, drawn alike on every rank."""
@@ -390,40 +411,20 @@ class SPOModule(LightningModule):
         old_logprobs: dict[int, Tensor],
         iteration: int,
     ) -> dict[str, float]:
-        """Several optimiser steps, each on its own part of the batch; metrics are means over the steps taken.
-
-        Adds the old log-probabilities of the first mini-batch to ``old_logprobs``.
-        """
+        update = PolicyUpdate(
+            self.policy,
+            self.loss,
+            self.correction,
+            self.micro_batching,
+            self.ranks,
+            self.guard,
+            self.max_grad_norm,
+            self._backward,
+            Path(self.trainer.default_root_dir) / "nonfinite",
+        )
         optimizer = cast(LightningOptimizer, self.optimizers())
         scheduler = cast(LRScheduler | None, self.lr_schedulers())
-        taken: dict[str, list[float]] = defaultdict(list)
-        for step, rows in enumerate(minibatches):
-            minibatch = experience.select(rows)
-            if step > 0:
-                minibatch = replace(minibatch, old_logprobs=tuple(old_logprobs[row] for row in rows))
-            optimizer.zero_grad()
-            metrics, old = accumulate_gradient(
-                self.policy, self.loss, minibatch, self.micro_batching, self.ranks, self._backward
-            )
-            old_logprobs.update(zip(rows, old, strict=True))
-            norm = gradient_norm(self.policy)
-            metrics["policy/grad_norm"] = norm
-            metrics["optimizer/lr"] = optimizer.param_groups[0]["lr"]
-            dump = Path(self.trainer.default_root_dir) / "nonfinite" / f"iteration-{iteration:06d}-step-{step:02d}.pt"
-            minibatch = replace(minibatch, old_logprobs=old)
-            if self.guard.admit(metrics["policy/loss"], norm, self.policy, minibatch, dump, self.ranks):
-                if self.max_grad_norm is not None:
-                    clip_gradient(self.policy, self.max_grad_norm, norm)
-                optimizer.step()
-                for key, value in metrics.items():
-                    taken[key].append(value)
-                if scheduler is not None:
-                    scheduler.step()
-        optimizer.zero_grad()
-        return {
-            **{key: sum(values) / len(values) for key, values in taken.items()},
-            "policy/skipped_steps": float(self.guard.skipped),
-        }
+        return update(experience, minibatches, old_logprobs, optimizer, scheduler, iteration)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient; under DDP the ranks meet at the last one only."""
@@ -435,7 +436,8 @@ class SPOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Make ready to answer benchmarks with the present policy."""
-        self._push_weights()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._push_weights(max((d.longest for d in data.benchmark_prompts.values()), key=lambda p: len(p.token_ids)))
         benchmarks = self.trainer.datamodule.benchmarks  # type: ignore[attr-defined]
         self._evaluators = {
             name: BenchmarkEvaluator(benchmark.num_samples, self.device) for name, benchmark in benchmarks.items()
@@ -472,6 +474,8 @@ class SPOModule(LightningModule):
         Returns:
             The rows of all ranks' prompts.
         """
+        if not self.generation.has_weights:
+            self._push_weights(self.trainer.datamodule.dataset.longest)  # type: ignore[attr-defined]
         rollouts = self._sample(batch, self.sampling, SeedStream.VALUE_START, 0)
         rewards: dict[Prompt, list[float]] = {prompt: [] for prompt in batch.prompts}
         for rollout in rollouts:
@@ -489,7 +493,7 @@ class SPOModule(LightningModule):
             for prompt in batch.prompts
             for sample in range(batch.num_samples)
         ]
-        return self.collector.grade(prompts, self.collector.generate(prompts, sampling, seeds))
+        return self.generation.sample(prompts, sampling, seeds)
 
     def _log_benchmarks(self, prefix: str) -> None:
         self.ranks.wait()
@@ -497,12 +501,6 @@ class SPOModule(LightningModule):
             self.log_dict(evaluator.compute(f"{prefix}/{name}"))
 
     # The engine
-
-    @property
-    def collector(self) -> RolloutCollector:
-        """The collector; starts the engine when it does not run yet."""
-        self._start_engine()
-        return cast(RolloutCollector, self._collector)
 
     @property
     def micro_batching(self) -> MicroBatching:
@@ -513,18 +511,28 @@ class SPOModule(LightningModule):
         )
 
     def _start_engine(self) -> None:
-        if self._collector is None:
-            self.engine.start(
-                EngineContext(
-                    model_path=self.policy_config.path,
-                    tokenizer=self.tokenizer,
-                    device=str(self.device),
-                    dtype=self.policy_config.dtype,
-                    eos_token_ids=eos_token_ids(self.policy.model, self.tokenizer),
-                    revision=self.policy_config.revision,
-                )
+        self.generation.start(
+            EngineContext(
+                model_path=self.policy_config.path,
+                tokenizer=self.tokenizer,
+                device=str(self.device),
+                dtype=self._generation_dtype,
+                eos_token_ids=eos_token_ids(self.policy.model, self.tokenizer),
+                max_model_len=min(
+                    self.trainer.datamodule.max_prompt_tokens  # type: ignore[attr-defined]
+                    + max(self.sampling.max_tokens, self.eval_sampling.max_tokens),
+                    cast(Policy, self.policy).model.config.max_position_embeddings,
+                ),
+                revision=self.policy_config.revision,
+                rank=self.global_rank,
+                world_size=self.ranks.world_size,
             )
-            self._collector = RolloutCollector(self.engine, self.reward)
+        )
+
+    @property
+    def _generation_dtype(self) -> str:
+        """What the policy computes in: bfloat16 under autocast, whatever its weights are kept in."""
+        return "bfloat16" if self.trainer.precision.startswith("bf16") else self.policy_config.dtype
 
     def _check_references(self, datasets: Mapping[str, PromptDataset]) -> None:
         """Refuse gold answers that no completion could match."""
@@ -538,5 +546,31 @@ class SPOModule(LightningModule):
                     "them, or take another reward"
                 )
 
-    def _push_weights(self) -> None:
-        self.collector.engine.update_weights(full_parameters(self.policy), self.policy_version)
+    def _check_lengths(self, datasets: Mapping[str, PromptDataset]) -> None:
+        """Refuse prompts that the engine has no room for."""
+        room = self.engine.max_model_len
+        for name, dataset in datasets.items():
+            tokens = len(dataset.longest.token_ids)
+            if tokens >= room:
+                raise ConfigError(
+                    f"prompt {dataset.longest.id} of {name} has {tokens} tokens and the engine takes {room} of prompt "
+                    "and completion together; lower data.max_prompt_tokens, which leaves longer prompts out, or raise "
+                    "the engine's max_model_len"
+                )
+
+    def _push_weights(self, probe: Prompt) -> dict[str, float]:
+        """Give the engine the present policy, and see that both agree on it.
+
+        Args:
+            probe: what they are compared on.
+
+        Returns:
+            ``sampling/push_difference``, unless nothing is compared.
+        """
+        self._start_engine()
+        self.generation.push(full_parameters(self.policy), self.policy_version)
+        tolerance = TOLERANCE[self._generation_dtype] if self.push_tolerance is None else self.push_tolerance
+        if tolerance == float("inf"):
+            return {}
+        with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():
+            return {"sampling/push_difference": self.generation.check(self.score, probe, tolerance)}

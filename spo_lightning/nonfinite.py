@@ -79,6 +79,7 @@ class NonFiniteGuard:
             "token_ids": [sequence.token_ids for sequence in batch.sequences],
             "completion_mask": [sequence.completion_mask for sequence in batch.sequences],
             "old_logprobs": list(batch.old_logprobs or ()),
+            "sampling_logprobs": list(batch.sampling_logprobs),
             "advantages": batch.advantages,
         }
 

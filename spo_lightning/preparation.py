@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,23 +12,25 @@ from torch import Tensor
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, truncate_completion
 from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
 from spo_lightning.rollouts.collector import Rollout
-from spo_lightning.types import Outcome, PromptBatch, StoredCompletion
+from spo_lightning.types import Outcome, StoredCompletion
 
 
-def build_experience(batch: PromptBatch, rollouts: Sequence[Rollout], advantage: AdvantageEstimator) -> Experience:
+def build_experience(rollouts: Sequence[Rollout], baseline: Tensor, advantage: AdvantageEstimator) -> Experience:
     """Decided completions with their advantages; they have no old log-probabilities yet.
 
     Args:
-        batch: B prompts with their baselines.
-        rollouts: B graded completions, in the order of the batch; at least one is decided.
+        rollouts: B graded completions; at least one is decided.
+        baseline: (B,) float64, of each one's prompt when it was drawn.
         advantage: estimator over the decided completions.
     """
     decided = decided_rows(rollouts)
-    lengths = torch.tensor([rollouts[row].completion.num_sampled for row in decided])
+    completions = [rollouts[row].completion for row in decided]
+    lengths = torch.tensor([completion.num_sampled for completion in completions])
     return Experience(
         tuple(TokenSequence.join(rollouts[row].prompt, rollouts[row].completion) for row in decided),
         None,
-        advantage(_rewards(rollouts, decided), batch.baseline[decided], lengths),
+        tuple(completion.sampling_logprobs[completion.completion_mask] for completion in completions),
+        advantage(_rewards(rollouts, decided), baseline[decided], lengths),
     )
 
 
@@ -52,10 +54,15 @@ class PreviousCompletions:
     stored: tuple[StoredCompletion, ...]
 
     @classmethod
-    def of(cls, batch: PromptBatch, rows: Sequence[int]) -> PreviousCompletions:
-        """Those of some rows of a batch."""
-        known = {batch.prompts[row].index: (batch.prompts[row], batch.previous[row]) for row in rows}
-        pairs = [(prompt, stored) for prompt, stored in known.values() if stored is not None]
+    def of(cls, rollouts: Sequence[Rollout], stored: Mapping[int, StoredCompletion]) -> PreviousCompletions:
+        """Those of the prompts of some rollouts.
+
+        Args:
+            rollouts: the decided ones.
+            stored: last completions by prompt index.
+        """
+        prompts = {rollout.prompt.index: rollout.prompt for rollout in rollouts}
+        pairs = [(prompt, stored[index]) for index, prompt in prompts.items() if index in stored]
         return cls(
             tuple(prompt.index for prompt, _ in pairs),
             tuple(TokenSequence.join(prompt, stored) for prompt, stored in pairs),
@@ -72,15 +79,20 @@ class PreviousCompletions:
 
 
 def build_outcome(
-    rollouts: Sequence[Rollout], old_logprobs: Sequence[Tensor], drifts: dict[int, float], max_tokens: int
+    rollouts: Sequence[Rollout],
+    old_logprobs: Sequence[Tensor],
+    drifts: dict[int, float],
+    max_tokens: int,
+    ended: Tensor,
 ) -> Outcome:
     """What the tracker and the history learn from the decided completions.
 
     Args:
         rollouts: B graded completions.
-        old_logprobs: of the N decided ones: (S_i,) tensors, under the policy that sampled them.
+        old_logprobs: of the N decided ones: (S_i,) tensors, under the policy before the update.
         drifts: D(x) by prompt index; a prompt without one is visited for the first time and has drift 0.
         max_tokens: leading sampled tokens of a completion that the history keeps.
+        ended: (E,) int64, prompt indices of all requests that are no longer open.
     """
     decided = decided_rows(rollouts)
     completions = [rollouts[row].completion for row in decided]
@@ -98,7 +110,9 @@ def build_outcome(
         torch.tensor(index, dtype=torch.int64),
         _rewards(rollouts, decided),
         torch.tensor([drifts.get(i, 0.0) for i in index], dtype=torch.float64),
+        torch.tensor([completion.first_version for completion in completions], dtype=torch.int64),
         history,
+        ended,
     )
 
 

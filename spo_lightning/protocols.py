@@ -28,6 +28,8 @@ class EngineContext:
         eos_token_ids: tokens that end a completion.
         max_model_len: most tokens of prompt and completion together; ``None`` leaves it to the model's configuration.
         revision: hub revision of the policy.
+        rank: number of this process among those of the run.
+        world_size: processes of the run.
     """
 
     model_path: str
@@ -37,6 +39,8 @@ class EngineContext:
     eos_token_ids: tuple[int, ...]
     max_model_len: int | None = None
     revision: str | None = None
+    rank: int = 0
+    world_size: int = 1
 
 
 class RolloutEngine(ABC):
@@ -45,7 +49,16 @@ class RolloutEngine(ABC):
     One contract serves batch collection (submit all, step until none is open), first-finished collection (submit more
     than needed, ``abort`` the rest), tool loops (a stop string ends a request, its continuation is a new request) and
     weights that change while requests are open.
+
+    Attributes:
+        runs_in_background: whether open requests also advance between two calls of ``step``, on other devices. They
+            then stay open while the trainer updates the policy.
+        ranks_per_engine: neighbouring ranks that drive one engine together (tensor parallelism). They make the same
+            calls with the same requests in the same order, and get the same completions.
     """
+
+    runs_in_background: bool = False
+    ranks_per_engine: int = 1
 
     @abstractmethod
     def start(self, context: EngineContext) -> None:
@@ -53,7 +66,11 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Queue requests. Raises ValueError, queueing none, on an open id, an empty prompt or one that does not fit."""
+        """Queue requests, each to go on from its partial completion if it has one.
+
+        Raises ValueError, queueing none, on an open id, an empty prompt, one that does not fit, or a partial completion
+        that has ended already.
+        """
 
     @abstractmethod
     def step(self) -> list[Completion]:
@@ -62,6 +79,15 @@ class RolloutEngine(ABC):
     @abstractmethod
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
         """Stop open requests; return what they have so far, ``finish_reason`` "aborted". KeyError on an unknown id."""
+
+    @abstractmethod
+    def partials(self) -> list[Completion]:
+        """What every open request has so far, in the order they were submitted; they stay open."""
+
+    @property
+    @abstractmethod
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together; known once the engine is started."""
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ class SeedStream(IntEnum):
     EVALUATION = 2
     VALUE_START = 3
     MINIBATCH = 4
+    CONTINUATION = 5
 
 
 def derive_seed(seed: int, stream: SeedStream, *position: int) -> int:

@@ -6,7 +6,8 @@ Shape notation, used all over the project: ``B`` prompts of a batch, ``N`` compl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -69,24 +70,6 @@ class SamplingParams:
             raise ValueError("bad sampling parameters: " + "; ".join(problems))
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutRequest:
-    """One completion asked of an engine.
-
-    Attributes:
-        request_id: unique among the engine's open requests.
-        prompt_token_ids: the context to continue; not empty.
-        sampling: how to sample.
-        seed: makes this completion reproducible alone or in any batch; ``None`` takes a seed from the engine's own
-            stream.
-    """
-
-    request_id: int
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    seed: int | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """What an engine gives back for one request.
@@ -100,7 +83,7 @@ class Completion:
         completion_mask: (T,) bool, True where the policy sampled the token, False where a tool forced it. Born with the
             token, never inferred from an id.
         policy_versions: (T,) int64, version of the weights that sampled each token (what ``update_weights`` was told).
-        text: decoded completion without special tokens.
+        text: decoded completion without special tokens; empty when it was "aborted".
         finish_reason: "stop" (end-of-sequence token or stop string), "length" (``max_tokens``) or "aborted".
     """
 
@@ -124,6 +107,34 @@ class Completion:
     def num_sampled(self) -> int:
         """Tokens that the policy sampled, the ``L_i`` of SPO++ eq. 6."""
         return int(self.completion_mask.sum())
+
+    @property
+    def first_version(self) -> int:
+        """Version of the weights that sampled the first token; the oldest one."""
+        return int(self.policy_versions[0])
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One completion asked of an engine.
+
+    Attributes:
+        request_id: unique among the engine's open requests.
+        prompt_token_ids: the context to continue; not empty.
+        sampling: how to sample.
+        seed: makes this completion reproducible alone or in any batch; ``None`` takes a seed from the engine's own
+            stream.
+        partial: what an earlier request for the same prompt has so far; this one goes on after its last token and
+            gives back both parts as one completion. ``sampling.max_tokens`` bounds the sampled tokens of both together.
+        urgent: goes before others that wait in an engine's queue.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int | None = None
+    partial: Completion | None = None
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +165,7 @@ class StoredCompletion:
         token_ids: (T,) int32, cut after the last of the kept sampled tokens.
         completion_mask: (T,) bool, True where the policy sampled the token.
         logprobs: (S,) float32, S = number of True in the mask: log-probability of each sampled token under the policy
-            that sampled it, by the trainer's forward.
+            that acted then, before it learned from the completion.
     """
 
     token_ids: Tensor
@@ -170,29 +181,67 @@ class StoredCompletion:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutTask:
+    """One completion that the run has asked for, with what was frozen when it was.
+
+    Attributes:
+        prompt: to be completed.
+        baseline: the tracker's value of the prompt then (SPO eq. 8).
+        iteration: that drew it.
+        row: its place in that draw; with ``iteration`` it names the task and decides its seed.
+        group: number, within the draw, of the copies of one prompt that it belongs to.
+    """
+
+    prompt: Prompt
+    baseline: float
+    iteration: int
+    row: int
+    group: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Name of the task; tasks in the order of their keys are in the order they were drawn."""
+        return self.iteration, self.row
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBatch:
-    """The prompts of one iteration, with everything that was frozen when they were drawn.
+    """The prompts drawn for one iteration, with everything that was frozen when they were drawn.
 
     Attributes:
         iteration: 0-based number of the iteration.
-        prompts: B prompts; a prompt may occur more than once.
-        baseline: (B,) float64, the tracker's value before any reward of this iteration (SPO eq. 8).
-        previous: B entries, the stored last completion of each prompt or ``None`` on its first visit.
+        size: completions that the iteration learns from, B; of these prompts and of those drawn before.
+        copies: completions of each prompt.
+        prompts: N prompts to begin, the copies of each one after the other; a prompt may be drawn more than once.
+        baseline: (N,) float64, the tracker's value before any reward of this iteration (SPO eq. 8).
+        previous: prompt index to the stored last completion, of every prompt that has a request open, these included;
+            prompts on their first visit have none.
     """
 
     iteration: int
+    size: int
+    copies: int
     prompts: tuple[Prompt, ...]
     baseline: Tensor
-    previous: tuple[StoredCompletion | None, ...]
+    previous: Mapping[int, StoredCompletion]
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
-        if self.baseline.shape != (n,) or self.baseline.dtype != torch.float64 or len(self.previous) != n:
+        if self.baseline.shape != (n,) or self.baseline.dtype != torch.float64:
             raise ValueError(
-                f"{n} prompts need a float64 baseline of shape ({n},) and {n} previous completions; got "
-                f"{self.baseline.dtype} {tuple(self.baseline.shape)} and {len(self.previous)}"
+                f"{n} prompts need a float64 baseline of shape ({n},); got {self.baseline.dtype} "
+                f"{tuple(self.baseline.shape)}"
             )
+
+    @property
+    def tasks(self) -> list[RolloutTask]:
+        """What is to begin."""
+        pairs = zip(self.prompts, self.baseline.tolist(), strict=True)
+        return [
+            RolloutTask(prompt, value, self.iteration, row, row // self.copies)
+            for row, (prompt, value) in enumerate(pairs)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,20 +267,25 @@ class Outcome:
         index: (N,) int64, ``Prompt.index``; repeats allowed.
         reward: (N,) float64.
         drift: (N,) float64, D(x) since the prompt's last visit; 0 on the first (SPO §4.1).
+        version: (N,) int64, of the policy that sampled the completion's first token.
         completions: N stored completions, the prompts' new history.
+        ended: (E,) int64, ``Prompt.index`` of every request that is no longer open: learned from, undecided or dropped.
     """
 
     index: Tensor
     reward: Tensor
     drift: Tensor
-    completions: tuple[StoredCompletion, ...] = field(default=())
+    version: Tensor
+    completions: tuple[StoredCompletion, ...]
+    ended: Tensor
 
     def __post_init__(self) -> None:
-        shape = self.index.shape
-        if self.reward.shape != shape or self.drift.shape != shape or len(self.completions) != len(self.index):
+        shapes = {tuple(t.shape) for t in (self.index, self.reward, self.drift, self.version)}
+        if shapes != {(len(self.completions),)}:
             raise ValueError(
-                f"index {tuple(shape)}, reward {tuple(self.reward.shape)}, drift {tuple(self.drift.shape)} and "
-                f"{len(self.completions)} completions must have one entry a completion"
+                f"index {tuple(self.index.shape)}, reward {tuple(self.reward.shape)}, drift {tuple(self.drift.shape)}, "
+                f"version {tuple(self.version.shape)} and {len(self.completions)} completions must have one entry a "
+                "completion"
             )
 
 

@@ -18,6 +18,7 @@ from spo_lightning.data.value_start import DrawValues
 from spo_lightning.lora import LoraSettings
 from spo_lightning.sharding import full_state
 from spo_lightning.strategies import FSDP2Strategy
+from spo_lightning.types import SamplingParams
 
 from cpu_fsdp import CPUFSDPStrategy
 from runs import Recorder, make_run
@@ -27,6 +28,9 @@ STRATEGIES: dict[str, Any] = {
     "fsdp": lambda: CPUFSDPStrategy(sharding_strategy="FULL_SHARD", state_dict_type="sharded"),
     "fsdp2": FSDP2Strategy,
 }
+# Runs that carry unfinished rollouts over, and lengths that differ enough for it.
+CARRYING: dict[str, Any] = {"carrying-ddp": DDPStrategy, "carrying-fsdp2": FSDP2Strategy}
+SPREAD = SamplingParams(max_tokens=10, stop=tuple("abcdefgh"))
 ITERATIONS, SAVED_AT = 4, 2
 
 # Plain gradient descent, where equal weights are equal gradients: folder of the inputs, strategy, policy, settings.
@@ -55,10 +59,14 @@ class Trajectory(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.values: list[torch.Tensor] = []
+        self.carried: list[list[Any]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         self.values.append(trainer.datamodule.tracker.value.clone())
+        state = module.generation.state_dict()
+        tokens = state["token_ids"].split(state["length"].tolist())
+        self.carried.append([[i, t.tolist()] for i, t in zip(state["index"].tolist(), tokens, strict=True)])
 
 
 def run(
@@ -68,6 +76,7 @@ def run(
     devices: int,
     ckpt_path: Path | None = None,
     policy: dict[str, Any] | None = None,
+    oversampling: float = 1.0,
     **module_settings: Any,
 ) -> dict[str, Any]:
     """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
@@ -79,6 +88,7 @@ def run(
         data={
             "num_iterations": ITERATIONS,
             "batch_size": 5,
+            "oversampling": oversampling,
             "value_start": DrawValues(2),
             "benchmarks": {"b": Benchmark(PromptSource(str(folder / "train.jsonl"), id_column="id"), 2, 3)},
         },
@@ -96,6 +106,10 @@ def run(
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
         "prompts": [[prompt.index for prompt in batch.prompts] for batch in trajectory.batches],
+        "ended": [outcome.ended.tolist() for outcome in trajectory.outcomes],
+        "carried": trajectory.carried,
+        "sampled": [[record.num_tokens for record in records] for records in trajectory.records],
+        "learned": [outcome.index.tolist() for outcome in trajectory.outcomes],
         "baseline": [batch.baseline for batch in trajectory.batches],
         "completions": [[record.completion for record in records] for records in trajectory.records],
         "reward": [outcome.reward for outcome in trajectory.outcomes],
@@ -120,6 +134,15 @@ def main() -> None:
         whole = run(folder, name, build(), 2)
         middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
         resumed = run(folder, f"{name}-resumed", build(), 2, middle)
+        torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+        from_one = folder / "one-checkpoints" / middle.name
+        continued = run(folder, f"{name}-from-one", build(), 2, from_one)
+        torch.save({"whole": continued}, folder / f"{name}-from-one-rank{torch.distributed.get_rank()}.pt")
+    for name, build in CARRYING.items():
+        carry = {"oversampling": 1.6, "sampling": SPREAD, "policy": None}
+        whole = run(folder, name, build(), 2, **carry)
+        middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+        resumed = run(folder, f"{name}-resumed", build(), 2, middle, **carry)
         torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
     for name, (inputs, _, build, policy) in VARIANTS.items():
         whole = run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy))

@@ -53,7 +53,7 @@ class Batches:
         for iteration in range(self.data.done, self.data.iterations):
             prompts = tuple(prompt((iteration * BATCH + row) % NUM_PROMPTS) for row in range(BATCH))
             index = torch.tensor([p.index for p in prompts])
-            yield PromptBatch(iteration, prompts, self.data.tracker.baseline(index), (None,) * BATCH)
+            yield PromptBatch(iteration, BATCH, 1, prompts, self.data.tracker.baseline(index), {})
 
 
 class Data(LightningDataModule):
@@ -77,7 +77,7 @@ class Data(LightningDataModule):
         return batch  # Lightning cannot rebuild frozen dataclasses
 
     def observe(self, outcome: Outcome) -> None:
-        self.tracker.update(outcome.index, outcome.reward, outcome.drift)
+        self.tracker.update(outcome.index, outcome.reward, outcome.drift, outcome.version)
         self.done += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +120,9 @@ class Module(LightningModule):
         self.log_dict({"reward/mean": sum(r for r in rewards if r is not None) / 3, "completions/mean_length": 8.5})
         reward = torch.tensor(rewards[:3], dtype=torch.float64)
         index = torch.tensor([p.index for p in batch.prompts[:3]])
-        return {"outcome": Outcome(index, reward, torch.zeros_like(reward), (None,) * 3), "records": records}  # type: ignore[arg-type]
+        zeros, version = torch.zeros_like(reward), torch.zeros_like(index)
+        outcome = Outcome(index, reward, zeros, version, (None,) * 3, index)  # type: ignore[arg-type]
+        return {"outcome": outcome, "records": records}
 
     def validation_step(self, batch: BenchmarkBatch, batch_idx: int) -> None:
         self.log("val/sums/avg_at_2", 0.25, batch_size=1)

@@ -78,7 +78,8 @@ def outcome_of(batch: PromptBatch) -> Outcome:
         )
         for i in index.tolist()
     )
-    return Outcome(index, reward, torch.full_like(reward, 0.01), stored)
+    version = torch.full_like(index, batch.iteration)
+    return Outcome(index, reward, torch.full_like(reward, 0.01), version, stored, ended=index)
 
 
 class Recorder(LightningModule):
@@ -95,7 +96,8 @@ class Recorder(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Outcome]:
         assert isinstance(batch, PromptBatch) and batch.baseline.dtype == torch.float64
         self.events.append(f"train {batch.iteration}")
-        previous = [None if stored is None else stored.token_ids.tolist() for stored in batch.previous]
+        stored = [batch.previous.get(prompt.index) for prompt in batch.prompts]
+        previous = [None if last is None else last.token_ids.tolist() for last in stored]
         self.seen.append((batch.iteration, [p.index for p in batch.prompts], batch.baseline.tolist(), previous))
         return {"outcome": outcome_of(batch)}
 
@@ -277,7 +279,9 @@ def test_metrics_of_an_outcome(make):
         torch.tensor([0, 3]),
         torch.tensor([1.0, 0.0], dtype=torch.float64),
         torch.tensor([0.0, 0.02], dtype=torch.float64),
+        torch.tensor([0, 0]),
         (stored, stored),
+        torch.tensor([0, 3]),
     )
     metrics = data.observe(outcome)
     up, down = (0.45 + 1) / 1.9, 0.45 / 1.9  # alpha = beta = 1/2, kept by 0.9
@@ -293,7 +297,8 @@ def test_metrics_of_an_outcome(make):
         }
     )
     nothing = torch.empty(0, dtype=torch.float64)
-    none = data.observe(Outcome(torch.empty(0, dtype=torch.int64), nothing, nothing))
+    nobody = torch.empty(0, dtype=torch.int64)
+    none = data.observe(Outcome(nobody, nothing, nothing, nobody, (), nobody))
     assert none["tracker/visited_fraction"] == 2 / 12
     assert "tracker/drift_mean" not in none and "tracker/forgetting_factor_mean" not in none
 

@@ -1,5 +1,8 @@
 """Sequences and their values, joined, laid out and selected."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
@@ -27,13 +30,37 @@ def test_scatter_tokens_lays_values_where_the_mask_is_true():
     assert laid.tolist() == [[0, 1, 0, 2], [3, 0, 0, 0]]
 
 
+EXPERIENCE = Experience(
+    (sequence(1, [True]), sequence(2, [True, False, True]), sequence(1, [True, True, True])),
+    (torch.tensor([-1.0]), torch.tensor([-2.0, -3.0]), torch.tensor([-4.0, -5.0, -6.0])),
+    (torch.tensor([-1.5]), torch.tensor([-2.5, -3.5]), torch.tensor([-4.5, -5.5, -6.5])),
+    torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+)
+
+
 def test_select_keeps_order_and_counts_tokens():
-    experience = Experience(
-        (sequence(1, [True]), sequence(2, [True, False, True]), sequence(1, [True, True, True])),
-        (torch.ones(1), torch.ones(2), torch.ones(3)),
-        torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
-    )
-    part = experience.select([2, 0])
+    part = EXPERIENCE.select([2, 0])
+    assert part.old_logprobs is not None
+    assert [values.tolist() for values in part.old_logprobs] == [[-4, -5, -6], [-1]]
+    assert [values.tolist() for values in part.sampling_logprobs] == [[-4.5, -5.5, -6.5], [-1.5]]
+    assert replace(EXPERIENCE, old_logprobs=None).select([1]).old_logprobs is None
     assert part.advantages.tolist() == [0.3, 0.1]
     assert [len(s) for s in part.sequences] == [4, 2]
-    assert (part.num_tokens, experience.num_tokens) == (4, 6)
+    assert (part.num_tokens, EXPERIENCE.num_tokens) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling_logprobs": EXPERIENCE.sampling_logprobs[:2]}, "sampling_logprobs has 2 tensors for 3 sequences"),
+        (
+            {"sampling_logprobs": (torch.ones(1), torch.ones(3), torch.ones(3))},
+            r"sampling_logprobs\[1\].*must be \(2,\)",
+        ),
+        ({"old_logprobs": (torch.ones(1), torch.ones(2), torch.ones(4))}, r"old_logprobs\[2\] has shape \(4,\)"),
+        ({"advantages": torch.ones(2)}, r"advantages has shape \(2,\); it must be \(3,\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(EXPERIENCE, **change)

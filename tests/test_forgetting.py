@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spo_lightning.algorithms import ConstantForgetting, KLHalfLife
+from spo_lightning.algorithms import ConstantForgetting, ForgettingRule, KLHalfLife
+from spo_lightning.algorithms.forgetting import EventTime
 
 
 def test_kl_half_life_by_hand() -> None:
@@ -29,6 +30,28 @@ def test_constant_ignores_drift() -> None:
     assert ConstantForgetting()(drift).dtype == torch.float64
 
 
+@pytest.mark.parametrize("rule", [KLHalfLife(), ConstantForgetting(0.5)])
+def test_rules_of_drift_do_not_look_at_age(rule: ForgettingRule) -> None:
+    discount = rule.discount(torch.tensor([0, 1, 1000]))
+    assert discount.tolist() == [1.0, 1.0, 1.0] and discount.dtype == torch.float64
+
+
+def test_event_time_by_hand() -> None:
+    rule = EventTime(0.875)
+    # 0.875 = 7 / 8: powers of it are exact in binary.
+    assert rule.discount(torch.tensor([0, 1, 2, 3])).tolist() == [1.0, 7 / 8, 49 / 64, 343 / 512]
+    assert rule(torch.tensor([0.0, 3.0, float("inf")], dtype=torch.float64)).tolist() == [1.0, 1.0, 1.0]
+    assert EventTime().factor == 0.875
+    assert EventTime(1.0).discount(torch.tensor([10**6])).item() == 1.0
+
+
+def test_event_time_stays_positive_where_the_power_underflows() -> None:
+    assert 0.5**2000 == 0.0
+    discount = EventTime(0.5).discount(torch.tensor([1000, 2000, 10**12]))
+    assert discount[0].item() == 2.0**-1000
+    assert (discount > 0).all() and (discount < 1e-300).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -46,7 +69,8 @@ def test_kl_half_life_names_every_bad_argument(arguments: dict[str, float], name
     assert all(text in str(error.value) for text in named)
 
 
+@pytest.mark.parametrize("rule", [ConstantForgetting, EventTime])
 @pytest.mark.parametrize("factor", [0.0, -0.1, 1.01, float("nan")])
-def test_constant_refuses(factor: float) -> None:
-    with pytest.raises(ValueError, match="factor is"):
-        ConstantForgetting(factor)
+def test_factor_is_refused(rule: type[ConstantForgetting] | type[EventTime], factor: float) -> None:
+    with pytest.raises(ValueError, match=f"{rule.__name__}: factor is {factor}"):
+        rule(factor)

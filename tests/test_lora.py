@@ -245,7 +245,7 @@ def test_a_run_moves_adapters_only_and_pushes_and_exports_merged_weights(tmp_pat
         assert torch.equal(value, start[name]) is ("lora_" not in name)
     optimized = {id(p) for group in module.optimizers().param_groups for p in group["params"]}
     assert optimized == {id(p) for name, p in module.policy.named_parameters() if "lora_" in name}
-    module._push_weights()
+    module._push_weights(data.dataset.longest)
     engine = dict(module.engine._model.named_parameters())
     expected = adapted_weights(module.policy.model, scaling=8.0)
     for name, value in expected.items():

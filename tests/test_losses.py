@@ -345,3 +345,103 @@ def test_shapes_are_checked(loss: PolicyLoss) -> None:
             loss(policy, old, advantages, mask, batch.totals)
     with pytest.raises(ValueError, match="torch.bool"):
         loss(*arguments[:3], batch.mask.float(), batch.totals)
+
+
+# Off-policy weights.
+
+
+def make_weights(batch: Batch, filler: float = 0.0) -> Tensor:
+    """Weights from 0 to 2, some of them 0, as a correction gives them."""
+    generator = torch.Generator().manual_seed(5)
+    weights = 2 * torch.rand(batch.mask.shape, generator=generator, dtype=torch.float64)
+    return torch.where(batch.mask, weights.masked_fill(weights < 0.3, 0), filler)
+
+
+class Weighted(PolicyLoss):
+    """A loss that is given weights."""
+
+    def __init__(self, loss: PolicyLoss, weights: Tensor) -> None:
+        self.loss = loss
+        self.weights = weights
+
+    def __call__(
+        self,
+        policy_logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        completion_mask: Tensor,
+        totals: BatchTotals,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(policy_logprobs, old_logprobs, advantages, completion_mask, totals, self.weights)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_multiply_the_gradient_of_each_token(loss: PolicyLoss) -> None:
+    batch = make_batch()
+    weights = make_weights(batch)
+    _, gradient, metrics = batch.run(loss)
+    _, weighted, weighted_metrics = batch.run(Weighted(loss, weights))
+    if isinstance(loss, GSPOLoss):  # the mean weight of the completion
+        weights = weights.sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(weighted, weights * gradient, rtol=1e-12, atol=1e-16)
+    assert (weighted - gradient).abs().max() > 1e-3
+    assert weighted_metrics == metrics
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_multiply_the_loss_of_each_completion(loss: PolicyLoss) -> None:
+    """Equal within a completion, so that every aggregation sees one number a completion."""
+    batch = make_batch()
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5, 0.25, 1.75], dtype=torch.float64)
+    alone = [batch.select(slice(n, n + 1)).run(loss, batch.totals)[0] for n in range(7)]
+    value, _, _ = batch.run(Weighted(loss, weights[:, None].expand(7, 9)))
+    assert value == pytest.approx(sum(w * one for w, one in zip(weights.tolist(), alone, strict=True)), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_of_one_change_nothing(loss: PolicyLoss) -> None:
+    batch = make_batch()
+    value, gradient, _ = batch.run(loss)
+    same, same_gradient, _ = batch.run(Weighted(loss, torch.ones(7, 9)))
+    assert same == pytest.approx(value, rel=1e-15)
+    torch.testing.assert_close(same_gradient, gradient, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("filler", [math.inf, -math.inf, math.nan])
+def test_weights_carry_no_gradient_and_leak_nothing_from_what_is_not_sampled(loss: PolicyLoss, filler: float) -> None:
+    batch = make_batch()
+    value, gradient, _ = batch.run(Weighted(loss, make_weights(batch)))
+    dirty = make_weights(batch, filler).requires_grad_()
+    dirty_value, dirty_gradient, _ = batch.run(Weighted(loss, dirty))
+    assert dirty_value == value and torch.equal(dirty_gradient, gradient)
+    assert dirty.grad is None
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_keeps_its_precision_whatever_that_of_the_weights(loss: PolicyLoss) -> None:
+    batch = make_batch()
+    low = Batch(batch.policy.float(), batch.old.float(), batch.advantages.float(), batch.mask)
+    value, _ = Weighted(loss, make_weights(batch))(low.policy, low.old, low.advantages, low.mask, low.totals)
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_with_weights_add_up(loss: PolicyLoss) -> None:
+    batch = make_batch()
+    weights = make_weights(batch)
+    value, gradient, _ = batch.run(Weighted(loss, weights))
+    parts = [
+        batch.select(rows).run(Weighted(loss, weights[rows]), batch.totals)
+        for rows in (slice(0, 3), slice(3, 5), slice(5, 7))
+    ]
+    assert sum(part[0] for part in parts) == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("loss", [PPOClipLoss(), CISPOLoss(), GSPOLoss()])
+def test_the_shape_of_weights_is_checked(loss: PolicyLoss) -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"weights \(7, 1\) must have the shape of completion_mask \(7, 9\)"):
+        batch.run(Weighted(loss, torch.ones(7, 1)))

@@ -13,6 +13,7 @@ from spo_lightning.nonfinite import NonFiniteError, NonFiniteGuard
 BATCH = Experience(
     (TokenSequence(torch.tensor([1, 2]), torch.tensor([False, True])),),
     (torch.tensor([-0.5]),),
+    (torch.tensor([-0.25]),),
     torch.tensor([1.5], dtype=torch.float64),
 )
 

@@ -94,6 +94,7 @@ def experience(policy: Policy, sequences: list[TokenSequence]) -> Experience:
     return Experience(
         tuple(sequences),
         tuple((values + shift).float() for values, shift in zip(old, noise, strict=True)),
+        tuple(values.float() for values in old),
         torch.tensor([1.0, -0.5, 2.0, -1.5, 0.3], dtype=torch.float64),
     )
 
@@ -155,7 +156,8 @@ def test_a_tool_token_has_no_gradient_of_its_own(policy, sequences):
     gradients = []
     for sequence in (ends_forced, other):
         policy.zero_grad()
-        batch = Experience((sequence,), (torch.tensor([-1.0, -2.0]),), torch.tensor([1.0], dtype=torch.float64))
+        logprobs = (torch.tensor([-1.0, -2.0]),)
+        batch = Experience((sequence,), logprobs, logprobs, torch.tensor([1.0], dtype=torch.float64))
         differentiate(policy, batch, MicroBatching(100, 0, 1.0))
         gradients.append([parameter.grad.clone() for parameter in policy.parameters()])
     for first, second in zip(*gradients, strict=True):

@@ -25,7 +25,7 @@ from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
 from cpu_fsdp import CPUFSDPStrategy
-from rank_runs import ITERATIONS, SAVED_AT, STRATEGIES, VARIANTS, run, settings_of
+from rank_runs import CARRYING, ITERATIONS, SAVED_AT, SPREAD, STRATEGIES, VARIANTS, run, settings_of
 from runs import make_run, write_inputs
 
 EXACT = ("prompts", "completions")
@@ -44,6 +44,7 @@ def folder(tmp_path_factory) -> Path:
             write_inputs(path / "untied", tied=False)
             for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
                 config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
+            run(path, "one", "auto", 1)
             train_on_two_processes(path)
     return path
 
@@ -123,7 +124,7 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
     assert_same(load(folder, variant)["whole"], expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *CARRYING])
 def test_all_ranks_know_the_same(folder, strategy):
     first, second = (load(folder, strategy, rank)["whole"] for rank in range(2))
     for key in EXACT:
@@ -132,7 +133,7 @@ def test_all_ranks_know_the_same(folder, strategy):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *CARRYING])
 def test_a_resumed_run_equals_the_uninterrupted_one(folder, strategy):
     runs = load(folder, strategy)
     assert len(runs["resumed"]["prompts"]) == ITERATIONS - SAVED_AT
@@ -155,6 +156,38 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, alone, strategy):
     middle = folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
     assert middle.is_dir() is (strategy != "ddp")  # sharded ones are folders
     assert_same(run(folder, f"{strategy}-in-one", "auto", 1, middle), alone, SAVED_AT)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_one_process_goes_on_in_two(folder, alone, strategy):
+    assert_same(load(folder, f"{strategy}-from-one")["whole"], alone, SAVED_AT)
+
+
+@pytest.mark.parametrize("strategy", CARRYING)
+def test_two_processes_carry_over_what_neither_waited_for(folder, strategy):
+    """Five of eight open prompts are learned from each time, none twice at once, and the checkpoint knows the rest."""
+    whole = load(folder, strategy)["whole"]
+    assert [len(rollouts) for rollouts in whole["carried"]] == [3] * ITERATIONS
+    still_open: set[int] = set()
+    for drawn, ended in zip(whole["prompts"], whole["ended"], strict=True):
+        assert len(ended) == 5 and not still_open & set(drawn)
+        still_open = (still_open | set(drawn)) - set(ended)
+        assert len(still_open) == 3
+
+
+@pytest.mark.parametrize("strategy", CARRYING)
+def test_a_checkpoint_with_carried_rollouts_goes_on_in_one_process(folder, strategy):
+    middle = folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+    alone = run(folder, f"{strategy}-in-one", "auto", 1, middle, oversampling=1.6, sampling=SPREAD)
+    whole = load(folder, strategy)["whole"]
+    assert alone["prompts"][0] == whole["prompts"][SAVED_AT]
+    assert [len(rollouts) for rollouts in alone["carried"]] == [3, 3]
+    begun = {index: len(tokens) for index, tokens in whole["carried"][SAVED_AT - 1] if tokens}
+    assert begun
+    lengths = dict(zip(alone["learned"][0], alone["sampled"][0], strict=True))
+    lengths |= {index: len(tokens) for index, tokens in alone["carried"][0]}
+    assert all(lengths[index] >= length for index, length in begun.items())  # none began anew
+    torch.testing.assert_close(alone["baseline"][0], whole["baseline"][SAVED_AT], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

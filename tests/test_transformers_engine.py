@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_named(models: Any) -> None:
         (request(0), "request 0 is open already"),
         (request(5), "request 5 is open already or comes twice"),
         (request(6, prompt=()), "empty prompt"),
-        (request(6, prompt=(3,) * 40), "40 prompt tokens"),
+        (request(6, prompt=(3,) * 40), "40 tokens of prompt"),
         (request(6, prompt=(3, KNOWN)), f"token ids from 3 to {KNOWN}"),
         (request(6, seed=-1), "seed -1"),
     ],

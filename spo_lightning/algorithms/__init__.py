@@ -3,10 +3,11 @@
 from spo_lightning.algorithms.advantages import AdvantageEstimator, TokenNormalized, TrajectoryNormalized
 from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate
 from spo_lightning.algorithms.drift import DriftEstimator, KLEstimate, MeanAbsLogRatio, truncate_completion
-from spo_lightning.algorithms.forgetting import ConstantForgetting, ForgettingRule, KLHalfLife
+from spo_lightning.algorithms.forgetting import ConstantForgetting, EventTime, ForgettingRule, KLHalfLife
 from spo_lightning.algorithms.linear_logprobs import linear_logprobs
 from spo_lightning.algorithms.logprobs import selected_logprobs
 from spo_lightning.algorithms.losses import CISPOLoss, GSPOLoss, PolicyLoss, PPOClipLoss
+from spo_lightning.algorithms.off_policy import ImportanceSampling, OffPolicyCorrection, OffPolicyWeights
 from spo_lightning.algorithms.sampling import PrioritizedWeights, PromptWeights, UniformWeights, draw_prompts
 from spo_lightning.algorithms.value_tracker import Smoothing, ValueTracker
 
@@ -17,11 +18,15 @@ __all__ = [
     "CISPOLoss",
     "ConstantForgetting",
     "DriftEstimator",
+    "EventTime",
     "ForgettingRule",
     "GSPOLoss",
+    "ImportanceSampling",
     "KLEstimate",
     "KLHalfLife",
     "MeanAbsLogRatio",
+    "OffPolicyCorrection",
+    "OffPolicyWeights",
     "PPOClipLoss",
     "PolicyLoss",
     "PrioritizedWeights",

@@ -1,7 +1,8 @@
-"""How much of its past a prompt's value keeps when a new reward arrives (SPO §4.1).
+"""How much of its past a prompt's value keeps when a new reward arrives (SPO §4.1, SPO++ event time).
 
-A rule maps drift, how far the policy has moved since it last acted on a prompt, to a factor in (0, 1]. A constant
-factor ``f`` remembers about ``1 / (1 - f)`` rewards. Rules hold no state: a restart loses nothing.
+A rule gives two factors in (0, 1], and evidence is worth their product: one for a visit, from drift, how far the policy
+has moved since it last acted on the prompt; and one for age, in policy versions, whether or not there was a visit. A
+constant factor ``f`` remembers about ``1 / (1 - f)`` visits or versions. Rules hold no state: a restart loses nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from spo_lightning.algorithms._checks import raise_problems
 
 
 class ForgettingRule(ABC):
-    """Turns drift into forgetting factors."""
+    """Turns drift and age into forgetting factors."""
 
     @abstractmethod
     def __call__(self, drift: Tensor) -> Tensor:
@@ -25,8 +26,22 @@ class ForgettingRule(ABC):
             drift: (N,) float64, D(x) of SPO §4.1, not negative; 0 on a prompt's first visit.
 
         Returns:
-            (N,) float64 in (0, 1], the share of a prompt's effective count that is kept.
+            (N,) float64 in (0, 1], the share of a prompt's effective count that a visit leaves.
         """
+
+    def discount(self, age: Tensor) -> Tensor:
+        """Return what evidence is still worth when the policy is some versions on; all of it, unless a rule says else.
+
+        For every order of arrival to lead to the same value it must hold that
+        ``discount(a + b) == discount(a) * discount(b)``.
+
+        Args:
+            age: (N,) int64, versions between the policy that gave the evidence and the reading one, not negative.
+
+        Returns:
+            (N,) float64 in (0, 1].
+        """
+        return torch.ones_like(age, dtype=torch.float64)
 
 
 class KLHalfLife(ForgettingRule):
@@ -66,7 +81,7 @@ class KLHalfLife(ForgettingRule):
 
 
 class ConstantForgetting(ForgettingRule):
-    """The same factor whatever the drift: the paper's ablation, and the fixed rule of SPO++.
+    """The same factor at every visit, whatever the drift: the paper's ablation.
 
     Args:
         factor: share of the past that is kept, in (0, 1]; 1 forgets nothing.
@@ -76,10 +91,40 @@ class ConstantForgetting(ForgettingRule):
     """
 
     def __init__(self, factor: float = 0.875) -> None:
-        if not 0 < factor <= 1:
-            raise_problems("ConstantForgetting", [f"factor is {factor}; it must be in (0, 1], SPO++ uses 0.875"])
+        raise_problems("ConstantForgetting", _factor_problems(factor))
         self.factor = factor
 
     def __call__(self, drift: Tensor) -> Tensor:
         """Return the factor once a prompt; shapes and dtypes as in the base class."""
         return torch.full_like(drift, self.factor)
+
+
+class EventTime(ForgettingRule):
+    """The same factor for every policy version, counted from the one that generated a reward (SPO++ event time).
+
+    A reward that is k versions old weighs ``factor ** k``, however late it arrives and however often its prompt was
+    visited meanwhile. So a value depends on which rewards there are, and not on the order or the batches in which they
+    came. Drift plays no part.
+
+    Args:
+        factor: what evidence keeps from one version to the next, in (0, 1]; 1 forgets nothing.
+
+    Raises:
+        ValueError: the factor is outside (0, 1].
+    """
+
+    def __init__(self, factor: float = 0.875) -> None:
+        raise_problems("EventTime", _factor_problems(factor))
+        self.factor = factor
+
+    def __call__(self, drift: Tensor) -> Tensor:
+        """Return ones, as a visit forgets nothing; shapes and dtypes as in the base class."""
+        return torch.ones_like(drift)
+
+    def discount(self, age: Tensor) -> Tensor:
+        """Return ``factor ** age``, above 0 at any age; shapes and dtypes as in the base class."""
+        return torch.pow(self.factor, age.double()).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _factor_problems(factor: float) -> list[str]:
+    return [] if 0 < factor <= 1 else [f"factor is {factor}; it must be in (0, 1], SPO++ uses 0.875"]

@@ -32,6 +32,7 @@ class PolicyLoss(ABC):
         advantages: Tensor,
         completion_mask: Tensor,
         totals: BatchTotals,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return this micro-batch's share of the mini-batch loss, and of its metrics.
 
@@ -41,6 +42,8 @@ class PolicyLoss(ABC):
             advantages: (N,) float, one a completion.
             completion_mask: (N, T) bool, tokens the policy sampled.
             totals: of the global mini-batch.
+            weights: (N, T) float, multiply the losses of tokens (an ``OffPolicyCorrection``'s); no gradient flows into
+                them. They change neither what the loss is divided by nor the metrics. ``None``: all are 1.
 
         Returns:
             The loss, a scalar of at least float32, and detached scalars: ``policy/clip_ratio_low`` and
@@ -97,6 +100,7 @@ class PPOClipLoss(PolicyLoss):
         advantages: Tensor,
         completion_mask: Tensor,
         totals: BatchTotals,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return (loss, metrics); shapes, dtypes and errors as in the base class."""
         log_ratio = _masked_log_ratio(policy_logprobs, old_logprobs, advantages, completion_mask)
@@ -107,7 +111,7 @@ class PPOClipLoss(PolicyLoss):
         upper = torch.full_like(advantage, float("inf")).masked_fill_(positive, 1 + self.clip_ratio_high)
         if self.dual_clip is not None:
             upper.masked_fill_(negative, self.dual_clip)
-        token_loss = -advantage * ratio.clamp(lower, upper)
+        token_loss = _weighted(-advantage * ratio.clamp(lower, upper), weights, completion_mask)
         loss = aggregate(token_loss, completion_mask, totals, self.aggregation, self.max_tokens)
         above = ratio > upper
         metrics = {
@@ -158,6 +162,7 @@ class CISPOLoss(PolicyLoss):
         advantages: Tensor,
         completion_mask: Tensor,
         totals: BatchTotals,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return (loss, metrics); shapes, dtypes and errors as in the base class."""
         log_ratio = _masked_log_ratio(policy_logprobs, old_logprobs, advantages, completion_mask).detach()
@@ -165,6 +170,7 @@ class CISPOLoss(PolicyLoss):
         weight = ratio.clamp(1 - self.clip_ratio_low, 1 + self.clip_ratio_high)
         logprobs = torch.where(completion_mask, policy_logprobs, 0).to(ratio.dtype)
         token_loss = -weight * advantages.to(ratio.dtype).unsqueeze(-1) * logprobs
+        token_loss = _weighted(token_loss, weights, completion_mask)
         loss = aggregate(token_loss, completion_mask, totals, self.aggregation, self.max_tokens)
         metrics = {
             "policy/clip_ratio_low": _token_mean(ratio < 1 - self.clip_ratio_low, completion_mask, totals),
@@ -182,6 +188,9 @@ class GSPOLoss(PolicyLoss):
     the loss is the mean over completions of ``-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A)``. Length-normalised
     ratios stay close to 1, hence the paper's narrow clip range. Clip fractions and ``policy/ratio_mean`` count
     completions, ``policy/kl`` tokens.
+
+    Off-policy weights multiply the loss of a completion by the mean of its tokens' weights, since that loss has no
+    tokens of its own. A correction by whole completions ("sequence" or "geometric") arrives as it is.
 
     Args:
         clip_ratio_low: how far below 1 the ratio is followed, in [0, 1].
@@ -203,6 +212,7 @@ class GSPOLoss(PolicyLoss):
         advantages: Tensor,
         completion_mask: Tensor,
         totals: BatchTotals,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
         """Return (loss, metrics); shapes, dtypes and errors as in the base class."""
         log_ratio = _masked_log_ratio(policy_logprobs, old_logprobs, advantages, completion_mask)
@@ -210,7 +220,10 @@ class GSPOLoss(PolicyLoss):
         ratio = _ratio(log_ratio.sum(-1) / lengths.clamp(min=1))
         advantage = torch.where(lengths > 0, advantages.to(ratio.dtype), 0)
         low, high = 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
-        loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage).sum() / totals.sequences
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        if weights is not None:
+            surrogate = surrogate * _masked_weights(weights, completion_mask).to(ratio).sum(-1) / lengths.clamp(min=1)
+        loss = -surrogate.sum() / totals.sequences
         counted = torch.where(lengths > 0, ratio.detach(), 0)
         metrics = {
             "policy/clip_ratio_low": ((ratio < low) & (advantage < 0)).sum() / totals.sequences,
@@ -256,6 +269,19 @@ def _masked_log_ratio(
     dtype = torch.promote_types(policy_logprobs.dtype, torch.float32)
     policy = torch.where(completion_mask, policy_logprobs, 0).to(dtype)
     return policy - torch.where(completion_mask, old_logprobs.detach(), 0).to(dtype)
+
+
+def _weighted(token_loss: Tensor, weights: Tensor | None, completion_mask: Tensor) -> Tensor:
+    return token_loss if weights is None else token_loss * _masked_weights(weights, completion_mask).to(token_loss)
+
+
+def _masked_weights(weights: Tensor, completion_mask: Tensor) -> Tensor:
+    if weights.shape != completion_mask.shape:
+        problem = (
+            f"weights {tuple(weights.shape)} must have the shape of completion_mask {tuple(completion_mask.shape)}"
+        )
+        raise_problems("policy loss", [problem])
+    return torch.where(completion_mask, weights.detach(), 0)
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The value tracker: what each prompt's reward is expected to be (SPO §4.1).
+"""The value tracker: what each prompt's reward is expected to be (SPO §4.1, SPO++ event time).
 
 Departures from the paper: state is kept as (value, effective count) instead of (alpha, beta), which is the same thing
 for binary rewards and carries over to others; copies of a prompt within one batch are forgotten once, together.
@@ -19,14 +19,14 @@ Smoothing = Literal["jeffreys", "none"]
 
 
 class ValueTracker:
-    """One row per prompt of the data set: its value and the number of rewards this value is worth.
+    """One row per prompt: its value, the number of rewards this value is worth, and the policy version of its evidence.
 
     A prompt nobody has looked at stands at Jeffreys' prior, one success and one failure of half a sample each: value
-    0.5, effective count 1. All state is float64 on the CPU. Losing it resets every baseline: save ``state_dict``.
+    0.5, effective count 1, version 0. All state is on the CPU. Losing it resets every baseline: save ``state_dict``.
 
     Args:
         num_prompts: M, rows of the data set.
-        forgetting: what share of a row survives an update.
+        forgetting: what share of a row survives an update, and what a late reward is worth.
         initial_effective_count: samples that a row set by ``initialize`` counts for, N0 of SPO Algorithm 2. The paper's
             ``1 / (1 - min_factor)`` is 8.
 
@@ -45,6 +45,7 @@ class ValueTracker:
         self.initial_effective_count = initial_effective_count
         self._value = torch.full((num_prompts,), 0.5, dtype=torch.float64)
         self._effective_count = torch.ones(num_prompts, dtype=torch.float64)
+        self._version = torch.zeros(num_prompts, dtype=torch.int64)
 
     @property
     def num_prompts(self) -> int:
@@ -58,8 +59,19 @@ class ValueTracker:
 
     @property
     def effective_count(self) -> Tensor:
-        """Rewards that each value is worth, (M,) float64. The live column, not a copy: read it, do not write to it."""
+        """Rewards that each value is worth as of its own ``version``, (M,) float64; see also ``effective_count_at``.
+
+        The live column, not a copy: read it, do not write to it.
+        """
         return self._effective_count
+
+    @property
+    def version(self) -> Tensor:
+        """Newest policy version among the rewards of every prompt, (M,) int64, 0 at the start.
+
+        The live column, not a copy: read it, do not write to it.
+        """
+        return self._version
 
     @property
     def success_count(self) -> Tensor:
@@ -74,7 +86,7 @@ class ValueTracker:
     def initialize(
         self, index: Tensor, reward_sum: Tensor, num_samples: Tensor, smoothing: Smoothing = "jeffreys"
     ) -> None:
-        """Start rows from rewards of the initial policy (SPO Algorithm 2).
+        """Start rows from rewards of the initial policy, version 0 (SPO Algorithm 2).
 
         Rows with samples count for ``initial_effective_count`` whatever their number; rows without any go (back) to the
         prior.
@@ -112,6 +124,7 @@ class ValueTracker:
         mean = (reward_sum + pseudo_success) / (num_samples + pseudo_count)
         self._value[index] = torch.where(sampled, mean, 0.5)
         self._effective_count[index] = torch.full_like(mean, self.initial_effective_count).masked_fill_(~sampled, 1.0)
+        self._version[index] = 0
 
     def baseline(self, index: Tensor) -> Tensor:
         """Snapshot the values of a batch before any of its rewards is known (SPO eq. 8).
@@ -128,75 +141,121 @@ class ValueTracker:
         raise_problems("ValueTracker.baseline", self._index_problems(index))
         return self._value[index.to("cpu")]
 
-    def update(self, index: Tensor, reward: Tensor, drift: Tensor) -> Tensor:
-        """Let the rewards of one batch enter (SPO eq. 5, in the form of eq. 7).
+    def effective_count_at(self, version: int) -> Tensor:
+        """Count how many rewards each value is worth to one version of the policy.
 
-        A prompt with m copies in the batch forgets once, by the mean drift of its copies, and then takes all m rewards:
-        ``count' = factor * count + m`` and ``value' = (factor * count * value + sum of rewards) / count'``. This is eq.
-        5 for m = 1 and does not depend on the order of the copies. Only the rows of the batch are touched.
+        Success and failure counts shrink alike with age, so the values themselves stay. Under a rule without
+        ``discount`` this is ``effective_count``, whatever the version.
+
+        Args:
+            version: of the reading policy, at least that of every row.
+
+        Returns:
+            (M,) float64, a new tensor.
+
+        Raises:
+            ValueError: a row holds evidence of a later version.
+        """
+        newest = int(self._version.max())
+        if version < newest:
+            problem = f"version is {version}, but the tracker holds evidence of version {newest}; ask for that or later"
+            raise_problems("ValueTracker.effective_count_at", [problem])
+        return self._effective_count * self._discount(version - self._version)
+
+    def update(self, index: Tensor, reward: Tensor, drift: Tensor, version: Tensor) -> Tensor:
+        """Let the rewards of one batch enter (SPO eq. 5, in the form of eq. 7; SPO++ event time).
+
+        A prompt with m copies in the batch forgets once, by the mean drift of its copies and by the versions from its
+        own to the newest of the copies, and then takes all m rewards: ``count' = factor * count + sum of weights`` and
+        ``value' = (factor * count * value + sum of weight * reward) / count'``. A reward's weight is the discount of
+        its age, which is 1 unless the row has, or gets, evidence of a later version. For m = 1 this is eq. 5, and it
+        does not depend on the order of the copies. Only the rows of the batch are touched.
 
         Args:
             index: (N,) int64, rows; repeats allowed.
             reward: (N,) float, finite; binary or not.
             drift: (N,) float, not negative, infinity allowed; 0 on a first visit.
+            version: (N,) int64, policy version that generated each reward, in any order, not negative.
 
         Returns:
             (U,) float64, the factor applied to each distinct prompt, in ascending order of its row.
 
         Raises:
-            ValueError: shapes differ, a row is out of range, a reward is not finite, a drift is negative or NaN, or the
-                rule gave a factor outside (0, 1]. The state is then untouched.
+            ValueError: shapes differ, a row is out of range, a reward is not finite, a drift is negative or NaN, a
+                version is negative, or the rule gave a factor outside (0, 1]. The state is then untouched.
         """
         reward, drift = _column(reward), _column(drift)
-        problems = self._index_problems(index, reward=reward, drift=drift)
-        if not reward.isfinite().all():
-            problems.append("a reward is NaN or infinite; leave undecided completions out of the update")
-        if not (drift >= 0).all():
-            problems.append("a drift is negative or NaN; it must be a divergence, 0 on a first visit")
-        raise_problems("ValueTracker.update", problems)
+        raise_problems("ValueTracker.update", self._update_problems(index, reward, drift, version))
 
         rows, position, copies = torch.unique(index.to("cpu"), return_inverse=True, return_counts=True)
-        num_rewards = copies.double()
-        reward_sum = torch.zeros_like(num_rewards).index_add_(0, position, reward)
-        mean_drift = torch.zeros_like(num_rewards).index_add_(0, position, drift).div_(num_rewards)
-        factor = self.forgetting(mean_drift)
-        if factor.shape != rows.shape or not ((factor > 0) & (factor <= 1)).all():
-            name = type(self.forgetting).__name__
-            raise_problems("ValueTracker.update", [f"{name} must give one factor in (0, 1] a prompt; it gave {factor}"])
+        mean_drift = _row_sums(drift, position, len(rows)) / copies
+        version, held = version.to("cpu"), self._version[rows]
+        newest = held.scatter_reduce(0, position, version, reduce="amax")
+        factor = self._checked(self.forgetting(mean_drift), rows) * self._discount(newest - held)
+        weight = self._discount(newest[position] - version)
 
         kept = factor * self._effective_count[rows]
-        count = kept + num_rewards
-        self._value[rows] = (kept * self._value[rows] + reward_sum) / count
+        count = kept + _row_sums(weight, position, len(rows))
+        self._value[rows] = (kept * self._value[rows] + _row_sums(weight * reward, position, len(rows))) / count
         self._effective_count[rows] = count
+        self._version[rows] = newest
         return factor
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of both columns, ``value`` and ``effective_count``, (M,) float64."""
-        return {"value": self._value.clone(), "effective_count": self._effective_count.clone()}
+        """Return copies of the columns ``value`` and ``effective_count``, (M,) float64, and ``version``, (M,) int64."""
+        return {name: column.clone() for name, column in self._columns().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take both columns from a checkpoint.
+        """Take all columns from a checkpoint.
 
         Args:
             state_dict: what ``state_dict`` returned.
 
         Raises:
-            KeyError: a column is missing.
-            ValueError: the checkpoint is of another number of prompts, or not float64. The state is then untouched.
+            KeyError: a column is missing. The state is then untouched.
+            ValueError: the checkpoint is of another number of prompts, or of other dtypes. The state is then untouched.
         """
-        value, effective_count = state_dict["value"], state_dict["effective_count"]
+        columns = self._columns()
+        missing = [name for name in columns if name not in state_dict]
+        if missing:
+            raise KeyError(f"ValueTracker.load_state_dict: no {', '.join(missing)} in the checkpoint; start a new run")
         problems = []
-        for name, column in (("value", value), ("effective_count", effective_count)):
-            if column.shape != self._value.shape:
+        for name, column in columns.items():
+            given = state_dict[name]
+            if given.shape != column.shape:
                 problems.append(
-                    f"{name} in the checkpoint has shape {tuple(column.shape)}, this data set has {self.num_prompts} "
+                    f"{name} in the checkpoint has shape {tuple(given.shape)}, this data set has {self.num_prompts} "
                     "prompts; resume with the data set the checkpoint was made with"
                 )
-            if column.dtype != torch.float64:
-                problems.append(f"{name} in the checkpoint is {column.dtype}; it must be torch.float64")
+            if given.dtype != column.dtype:
+                problems.append(f"{name} in the checkpoint is {given.dtype}; it must be {column.dtype}")
         raise_problems("ValueTracker.load_state_dict", problems)
-        self._value.copy_(value)
-        self._effective_count.copy_(effective_count)
+        for name, column in columns.items():
+            column.copy_(state_dict[name])
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {"value": self._value, "effective_count": self._effective_count, "version": self._version}
+
+    def _update_problems(self, index: Tensor, reward: Tensor, drift: Tensor, version: Tensor) -> list[str]:
+        problems = self._index_problems(index, reward=reward, drift=drift, version=version)
+        if not reward.isfinite().all():
+            problems.append("a reward is NaN or infinite; leave undecided completions out of the update")
+        if not (drift >= 0).all():
+            problems.append("a drift is negative or NaN; it must be a divergence, 0 on a first visit")
+        if version.dtype != torch.int64:
+            problems.append(f"version is {version.dtype}; it must be torch.int64")
+        elif not (version >= 0).all():
+            problems.append(f"version goes down to {int(version.min())}; the initial policy has 0, count up from there")
+        return problems
+
+    def _discount(self, age: Tensor) -> Tensor:
+        return self._checked(self.forgetting.discount(age), age)
+
+    def _checked(self, factor: Tensor, like: Tensor) -> Tensor:
+        if factor.shape != like.shape or not ((factor > 0) & (factor <= 1)).all():
+            name = type(self.forgetting).__name__
+            raise_problems("ValueTracker", [f"{name} must give {len(like)} factors in (0, 1]; it gave {factor}"])
+        return factor
 
     def _index_problems(self, index: Tensor, **columns: Tensor) -> list[str]:
         problems = same_length_problems(index=index, **columns)
@@ -212,3 +271,7 @@ class ValueTracker:
 
 def _column(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=torch.float64)
+
+
+def _row_sums(column: Tensor, position: Tensor, num_rows: int) -> Tensor:
+    return torch.zeros(num_rows, dtype=torch.float64).index_add_(0, position, column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -51,6 +52,8 @@ class SPODataModule(LightningDataModule):
         benchmarks: what to evaluate on; the names become parts of metric keys.
         batch_size: completions of one iteration.
         completions_per_prompt: copies of each drawn prompt, independent samples under one baseline; divides batch_size.
+        oversampling: requests that are open at the beginning of an iteration, over batch_size; at least 1. What happens
+            to those that it does not wait for is said in ``model.collection`` (SPO appendix B takes 1.5 to 2).
         max_prompt_tokens: longer prompts are left out and counted.
         instruction: appended to every problem exactly as given; it brings its own separator.
         system_prompt: system message, for conversations without their own.
@@ -85,6 +88,7 @@ class SPODataModule(LightningDataModule):
         benchmarks: dict[str, Benchmark] | None = None,
         batch_size: int = 2048,
         completions_per_prompt: int = 1,
+        oversampling: float = 1.0,
         max_prompt_tokens: int = 2048,
         instruction: str = _INSTRUCTION,
         system_prompt: str | None = None,
@@ -103,6 +107,8 @@ class SPODataModule(LightningDataModule):
         self.benchmarks = dict(benchmarks or {})
         self.num_iterations = num_iterations
         self.batch_size = batch_size
+        self.completions_per_prompt = completions_per_prompt
+        self.oversampling = oversampling
         self.max_prompt_tokens = max_prompt_tokens
         self.value_start = value_start
         self.smoothing: Smoothing = smoothing
@@ -135,6 +141,8 @@ class SPODataModule(LightningDataModule):
                 build()
             except ValueError as error:
                 problems.append(str(error))
+        if not 1 <= self.oversampling < float("inf"):
+            problems.append(f"oversampling is {self.oversampling}; it must be at least 1, which begins no more than B")
         if self.smoothing not in ("jeffreys", "none"):
             problems.append(f'smoothing is {self.smoothing!r}; it must be "jeffreys" or "none"')
         problems += [
@@ -192,8 +200,12 @@ class SPODataModule(LightningDataModule):
         return dataset
 
     def _begin_run(self) -> None:
+        num_prompts = math.ceil(round(self.batch_size * self.oversampling / self.completions_per_prompt, 6))
         self._stream = TrainingStream(
-            self.dataset, self._new_tracker(num_prompts=len(self.dataset)), self._new_sampler()
+            self.dataset,
+            self._new_tracker(num_prompts=len(self.dataset)),
+            self._new_sampler(),
+            num_prompts * self.completions_per_prompt,
         )
         self._has_start = False
         if self.sampler.num_distinct > len(self.dataset):

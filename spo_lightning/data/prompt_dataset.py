@@ -73,6 +73,11 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @cached_property
+    def longest(self) -> Prompt:
+        """The first of the prompts with the most tokens."""
+        return self[int(self._offsets.diff().argmax())]
+
     def __getitem__(self, index: int) -> Prompt:
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of a data set of {len(self)}")

@@ -39,21 +39,31 @@ class PrioritizedBatchSampler:
         self._weights = weights
         self.num_distinct = batch_size // completions_per_prompt
         """Prompts of one draw, before copies."""
-        self._copies = completions_per_prompt
+        self.batch_size = batch_size
+        """Completions of one batch, B."""
+        self.copies = completions_per_prompt
+        """Completions of each drawn prompt."""
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, value: Tensor) -> Tensor:
+    def draw(self, value: Tensor, size: int | None = None, excluded: Tensor | None = None) -> Tensor:
         """Draw the next batch.
 
         Args:
             value: (M,) float64, the tracker's value of every prompt.
+            size: most completions to draw, rounded down to whole prompts; ``None`` takes ``batch_size``.
+            excluded: (E,) int64, prompts that are not to be drawn.
 
         Returns:
-            (B,) int64 prompt indices.
+            (N,) int64 prompt indices.
         """
-        distinct = draw_prompts(self._weights(value), self.num_distinct, self._generator)
+        weights = self._weights(value)
+        num_distinct = self.num_distinct if size is None else size // self.copies
+        if excluded is not None and len(excluded):
+            weights = weights.index_fill(0, excluded, 0.0)
         self.iteration += 1
-        return distinct.repeat_interleave(self._copies)
+        if num_distinct == 0:
+            return torch.empty(0, dtype=torch.int64)
+        return draw_prompts(weights, num_distinct, self._generator).repeat_interleave(self.copies)
 
     def state_dict(self) -> dict[str, Any]:
         """Generator state (uint8 tensor) and number of batches drawn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from spo_lightning.protocols import Reward, RolloutEngine
@@ -19,7 +19,7 @@ class Rollout:
 
 
 class RolloutCollector:
-    """Collects one completion for each prompt and grades it.
+    """Gives an engine's requests their ids, and keeps what has finished until it is asked for.
 
     Args:
         engine: a started engine.
@@ -30,25 +30,59 @@ class RolloutCollector:
         self.engine = engine
         self.reward = reward
         self._next_id = 0
+        self._finished: dict[int, Completion] = {}
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        partials: Sequence[Completion | None] | None = None,
+        urgent: bool = False,
+    ) -> list[int]:
+        """Open one request a prompt; returns their ids.
+
+        Args:
+            prompts: a prompt may occur more than once.
+            sampling: how to sample.
+            seeds: one per prompt; equal seeds of one prompt give equal completions.
+            partials: what there is of each completion already; ``None`` begins all.
+            urgent: before others that wait.
+        """
+        rows = zip(prompts, seeds, partials or [None] * len(prompts), strict=True)
+        requests = [
+            RolloutRequest(self._next_id + row, prompt.token_ids, sampling, seed, partial, urgent)
+            for row, (prompt, seed, partial) in enumerate(rows)
+        ]
+        self._next_id += len(requests)
+        self.engine.submit(requests)
+        return [request.request_id for request in requests]
+
+    def step(self) -> None:
+        """Advance every open request, whoever waits for it."""
+        self._finished.update((completion.request_id, completion) for completion in self.engine.step())
+
+    def take(self, ids: Iterable[int]) -> dict[int, Completion]:
+        """Hand over those of some requests that have finished, in the order they did."""
+        wanted = set(ids)
+        return {i: self._finished.pop(i) for i in [i for i in self._finished if i in wanted]}
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, seeds: Sequence[int]) -> list[Completion]:
-        """Complete each prompt once, all open at the same time; returned in the order of ``prompts``.
+        """Complete each prompt once, all open at the same time, and wait for all; in the order of ``prompts``.
+
+        They go before requests that nobody waits for now, such as training rollouts that are carried over.
 
         Args:
             prompts: a prompt may occur more than once.
             sampling: how to sample.
             seeds: one per prompt; equal seeds of one prompt give equal completions.
         """
-        requests = [
-            RolloutRequest(self._next_id + row, prompt.token_ids, sampling, seed)
-            for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        self._next_id += len(requests)
-        self.engine.submit(requests)
+        ids = self.submit(prompts, sampling, seeds, urgent=True)
         finished: dict[int, Completion] = {}
-        while len(finished) < len(requests):
-            finished.update((completion.request_id, completion) for completion in self.engine.step())
-        return [finished[request.request_id] for request in requests]
+        while len(finished) < len(ids):
+            self.step()
+            finished |= self.take(ids)
+        return [finished[i] for i in ids]
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Rollout]:
         """Grade completions of prompts, in order."""

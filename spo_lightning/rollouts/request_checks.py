@@ -40,7 +40,8 @@ def check_requests(
 
     Raises:
         ValueError: an id is open already or comes twice, a prompt is empty, holds an unknown token or leaves no room
-            for a sampled one, or a seed is negative; lists every problem.
+            for a sampled one, a seed is negative, or a partial completion is of another prompt or has ended; lists
+            every problem.
     """
     problems = []
     seen: set[int] = set()
@@ -56,12 +57,28 @@ def check_requests(
                 f"{name} has token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to {num_embeddings - 1}; "
                 "use the policy's own tokenizer"
             )
-        if len(prompt) + 1 > max_model_len:
+        partial = request.partial
+        taken = len(prompt) + (0 if partial is None else len(partial.token_ids))
+        if taken + 1 > max_model_len:
             problems.append(
-                f"{name} has {len(prompt)} prompt tokens; with one sampled token that passes the model length "
-                f"{max_model_len}, so shorten the prompt or raise max_model_len"
+                f"{name} has {taken} tokens of prompt and partial completion; with one sampled token that passes the "
+                f"model length {max_model_len}, so shorten the prompt or raise max_model_len"
             )
+        problems += _partial_problems(name, request)
         if request.seed is not None and request.seed < 0:
             problems.append(f"{name} has seed {request.seed}; it must be 0 or more")
     if problems:
         raise ValueError("requests refused, none was queued: " + "; ".join(problems))
+
+
+def _partial_problems(name: str, request: RolloutRequest) -> list[str]:
+    partial, most = request.partial, request.sampling.max_tokens
+    problems = []
+    if partial is not None and partial.prompt_token_ids != request.prompt_token_ids:
+        problems.append(f"{name} goes on from a partial completion of another prompt; submit that prompt")
+    if partial is not None and (partial.num_sampled >= most or partial.finish_reason != "aborted"):
+        problems.append(
+            f"{name} goes on from a completion that has ended ({partial.finish_reason}, {partial.num_sampled} of "
+            f"{most} tokens); take it as it is"
+        )
+    return problems

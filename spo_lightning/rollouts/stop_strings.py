@@ -19,13 +19,21 @@ class StopStringWatcher:
     Args:
         tokenizer: decodes token ids.
         stop: the strings, none empty.
+        token_ids: what there is already; its part behind ``start`` holds no stop string.
+        start: tokens at the beginning that are not looked at.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], token_ids: Sequence[int] = (), start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._needed = max(len(s) for s in self._stop) + DECODE_SLACK
-        self._start = 0
+        self._start = start
+        kept = CHECK_INTERVAL
+        while (later := len(token_ids) - kept) > start:
+            if len(self._decode(token_ids[later:])) >= self._needed:
+                self._start = later
+                break
+            kept *= 2
 
     def found(self, token_ids: Sequence[int]) -> bool:
         """Whether the completion now holds a stop string.

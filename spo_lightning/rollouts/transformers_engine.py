@@ -31,10 +31,10 @@ REFILL_FRACTION = 0.25  # part of the batch that must be free before queued rows
 class TransformersEngine(RolloutEngine):
     """Generates completions with its own copy of the policy in ``transformers``; implements ``RolloutEngine``.
 
-    A request with a seed gets the same completion alone, in any batch, and over interruptions (``sleep``), up to
-    rounding of the logits: batches of different shapes round differently, which changes a token when its uniform number
-    falls within that rounding of a boundary. Until the first push the model holds the weights of
-    ``EngineContext.model_path`` as version 0.
+    A request with a seed gets the same completion alone, in any batch, and over interruptions (``sleep``, or ``abort``
+    and a new request that goes on from what it gave), up to rounding of the logits: batches of different shapes round
+    differently, which changes a token when its uniform number falls within that rounding of a boundary. Until the first
+    push the model holds the weights of ``EngineContext.model_path`` as version 0.
 
     Args:
         max_batch_size: most rows generated together. Bounds the memory of the key-value cache together with their
@@ -113,7 +113,8 @@ class TransformersEngine(RolloutEngine):
 
         Raises:
             ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
-                leaves no room for a token, or a seed is negative; lists every problem. Nothing is queued then.
+                leaves no room for a token, a seed is negative, or a partial completion is of another prompt or has
+                ended; lists every problem. Nothing is queued then.
         """
         self._started()
         check_requests(requests, self._open, self._max_model_len, self._embedded_tokens)
@@ -121,8 +122,7 @@ class TransformersEngine(RolloutEngine):
             seed = request.seed
             if seed is None:
                 seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
-            room = self._max_model_len - len(request.prompt_token_ids)
-            row = OpenRequest(request, seed, min(request.sampling.max_tokens, room), self._tokenizer)
+            row = OpenRequest(request, seed, self._max_model_len, self._tokenizer)
             self._open[request.request_id] = row
             self._queue.append(row)
 
@@ -168,6 +168,16 @@ class TransformersEngine(RolloutEngine):
             batch.remove(running)
         self._queue = deque(row for row in self._queue if id(row) not in aborted)
         return [row.completion("aborted") for row in aborted.values()]
+
+    def partials(self) -> list[Completion]:
+        """What every open request has so far, in the order they were submitted; they stay open."""
+        return [row.completion("aborted") for row in self._open.values()]
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+        self._started()
+        return self._max_model_len
 
     @property
     def num_open(self) -> int:

@@ -1,0 +1,100 @@
+"""When a batch is full, who is in it, and what becomes of the others (SPO appendix B). Pure: no engine, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from spo_lightning.types import Completion, RolloutTask
+
+
+@dataclass(frozen=True)  # no slots: jsonargparse reads the default instances of configurable classes
+class Collection:
+    """How the rollouts of a batch are collected when more are open than it takes (``data.oversampling``).
+
+    Attributes:
+        take: "first-finished" closes a batch as soon as enough have finished, whichever they are, which favours short
+            completions; "oldest" waits for those that were drawn first, while the others go on.
+        unfinished: what becomes of the others: "carry" lets them go on in the next iteration, under its weights;
+            "drop" throws them away.
+        max_staleness: most versions that may lie between the policy that sampled a completion's first token and the one
+            that learns from it; what would become older is dropped. 0 never carries anything that has begun.
+        whole_groups: take the copies of a prompt together or not at all (GRPO), instead of one by one.
+
+    Raises:
+        ValueError: ``max_staleness`` is negative.
+    """
+
+    take: Literal["first-finished", "oldest"] = "first-finished"
+    unfinished: Literal["carry", "drop"] = "carry"
+    max_staleness: int = 4
+    whole_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness is {self.max_staleness}; it must be 0 or more versions")
+
+
+@dataclass(slots=True, eq=False)
+class OpenRollout:
+    """A task under way.
+
+    Attributes:
+        task: what was asked.
+        completion: as far as it is known, ``finish_reason`` "aborted" unless it is finished; ``None`` before it began.
+        finished_at: its place among those that finished on its rank since the last batch; 0 when it did before that.
+    """
+
+    task: RolloutTask
+    completion: Completion | None = None
+    finished_at: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to sample."""
+        return self.completion is not None and self.completion.finish_reason != "aborted"
+
+    @property
+    def length(self) -> int:
+        """Tokens sampled so far."""
+        return 0 if self.completion is None else self.completion.num_sampled
+
+    def staleness(self, version: int) -> int:
+        """Versions between the policy that sampled the first token and ``version``; 0 before it began."""
+        return version - self.completion.first_version if self.completion is not None and self.length else 0
+
+
+Unit = list[OpenRollout]
+
+
+def units(rollouts: Iterable[OpenRollout], whole_groups: bool) -> list[Unit]:
+    """What is taken together: each rollout for itself, or the copies of a prompt that were drawn together."""
+    ordered = sorted(rollouts, key=lambda rollout: rollout.task.key)
+    if not whole_groups:
+        return [[rollout] for rollout in ordered]
+    groups = groupby(ordered, key=lambda rollout: (rollout.task.iteration, rollout.task.group))
+    return [list(group) for _, group in groups]
+
+
+def full_batch(candidates: Sequence[Unit], size: int, take: str) -> list[Unit] | None:
+    """The units of a batch, or ``None`` while it is not full.
+
+    Args:
+        candidates: in the order they were drawn.
+        size: units of a batch.
+        take: as in ``Collection``.
+    """
+    if take == "oldest":
+        oldest = list(candidates[:size])
+        return oldest if all(rollout.finished for unit in oldest for rollout in unit) else None
+    finished = [unit for unit in candidates if all(rollout.finished for rollout in unit)]
+    if len(finished) < size:
+        return None
+    return sorted(finished, key=lambda unit: max(rollout.finished_at for rollout in unit))[:size]
+
+
+def too_old(unit: Unit, version: int, max_staleness: int) -> bool:
+    """Whether a unit would be older than allowed when ``version`` learns from it."""
+    return any(rollout.staleness(version) > max_staleness for rollout in unit)

@@ -1,0 +1,77 @@
+"""What a run does about completions that another policy sampled than the one that learns from them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from spo_lightning.algorithms import ImportanceSampling
+
+from runs import Recorder, make_run
+
+MOVES = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def half_of_them(completion: str, reference: str, prompt: str) -> float:
+    return float(prompt < "4")
+
+
+def train(folder, **options):
+    recorder = Recorder()
+    data = {"batch_size": 4, **options.pop("data", {})}
+    trainer, module, datamodule = make_run(folder, half_of_them, [recorder], data, optimizer=MOVES, **options)
+    scored, score = [], module.score
+
+    def counted(sequences):
+        scored.append(len(sequences))
+        return score(sequences)
+
+    module.score = counted
+    trainer.fit(module, datamodule)
+    return module, recorder, scored
+
+
+def test_the_engines_log_probabilities_save_the_pass_before_the_update(tmp_path):
+    """In float32 both engines of old log-probabilities lead to the same policy; only stored completions are scored."""
+    options = {"push_tolerance": math.inf, "data": {"batch_size": 8}}
+    trained, recorder, scored = train(tmp_path, old_logprobs="trainer", **options)
+    assert scored == [4, 12, 12]
+    saved, other, scored = train(tmp_path, old_logprobs="engine", **options)
+    assert scored == [0, 8, 8]
+    for name, value in trained.policy.state_dict().items():
+        torch.testing.assert_close(saved.policy.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(recorder.outcomes, other.outcomes, strict=True):
+        torch.testing.assert_close(theirs.drift, ours.drift, rtol=1e-3, atol=1e-5)
+    assert not [key for key in other.metrics[-1] if key.startswith("sampling/")]  # nothing to compare with
+
+
+def test_carried_completions_are_weighted_by_how_the_policy_sees_them_now(tmp_path):
+    """Weights 1 where nothing is carried; with stale tokens the sample counts less, and the cap is met."""
+    _, fresh, _ = train(tmp_path)
+    for metrics in fresh.metrics:
+        assert metrics["sampling/effective_sample_size"] == pytest.approx(1, abs=1e-6)
+        assert metrics["sampling/truncated_fraction"] == metrics["sampling/masked_fraction"] == 0
+        assert metrics["sampling/kl"] < 1e-9
+    stale = {"data": {"oversampling": 2.0, "num_iterations": 6}, "correction": ImportanceSampling(cap=1.05)}
+    _, carried, _ = train(tmp_path, **stale)
+    assert any(metrics["collection/staleness_max"] > 0 for metrics in carried.metrics)
+    for metrics, outcome in zip(carried.metrics, carried.outcomes, strict=True):
+        old = bool((outcome.version < outcome.version.max()).any()) or metrics["collection/staleness_max"] > 0
+        assert (metrics["sampling/effective_sample_size"] < 1 - 1e-4) == old
+        assert (metrics["sampling/kl"] > 1e-6) == old
+    assert any(metrics["sampling/truncated_fraction"] > 0 for metrics in carried.metrics)
+
+
+def test_the_correction_reaches_the_gradient(tmp_path):
+    """A cap that no weight meets and one that all stale ones meet lead to different policies; none is as weight 1."""
+    stale = {"data": {"oversampling": 2.0, "num_iterations": 4}, "push_tolerance": math.inf}
+    weights = []
+    for correction in (None, ImportanceSampling(cap=None), ImportanceSampling(mask_below=0.999, mask_above=1.001)):
+        module, recorder, _ = train(tmp_path, correction=correction, **stale)
+        weights.append(torch.cat([value.flatten() for value in module.policy.state_dict().values()]))
+        assert ("sampling/truncated_fraction" in recorder.metrics[0]) == (correction is not None)
+    plain, weighted, masked = weights
+    assert not torch.allclose(plain, weighted, atol=1e-4) and not torch.allclose(weighted, masked, atol=1e-4)
