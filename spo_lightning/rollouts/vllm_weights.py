@@ -1,0 +1,156 @@
+"""Pushing a stream of full parameters into a running vLLM engine.
+
+vLLM ignores parameters that are missing and misunderstands a stream that breaks off. So the stream is checked against
+the model's configuration on its way, and vLLM always sees it end well; what was wrong is reported after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from spo_lightning.errors import ConfigError
+
+
+class PolicyParameters:
+    """Names, shapes and ties of a policy's parameters, known from its configuration alone.
+
+    Args:
+        config: of the policy.
+
+    Attributes:
+        num_embeddings: tokens that the model has embeddings for.
+
+    Raises:
+        ConfigError: the model is a mixture of experts. Transformers fuses these, and vLLM's loader takes the fused
+            parameters in wrongly, without a word: log-probabilities were off by 2 after a push.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        first_names = {id(parameter): name for name, parameter in reversed(named.items())}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self.canonical = {name: first_names[id(parameter)] for name, parameter in named.items()}
+        self.tied = {canonical for name, canonical in self.canonical.items() if canonical != name}
+        self.num_embeddings = int(model.get_input_embeddings().num_embeddings)
+        self.model_name = type(model).__name__
+        if any(".experts." in name for name in named):
+            raise ConfigError(
+                f"VLLMEngine takes no {self.model_name}: vLLM cannot be given new weights of fused experts; take a "
+                "dense model, or TransformersEngine"
+            )
+
+
+class CheckedStream:
+    """Iterates over the parameters of a push that fit, and remembers what did not.
+
+    A tied parameter comes out once, under the first of its names, as in a checkpoint.
+
+    Args:
+        named_parameters: (name, full tensor) pairs.
+        expected: what the policy has.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
+        self._source = iter(named_parameters)
+        self._expected = expected
+        self._problems: list[str] = []
+        self._came: dict[str, str] = {}
+        self._tied: dict[str, Tensor] = {}
+        self._failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        try:
+            for name, value in self._source:
+                if self._fits(name, value):
+                    yield self._expected.canonical[name], value
+        except Exception as error:  # kept from vLLM, whose half-done reload would spoil the next one; see ``check``
+            self._failure = error
+
+    def drain(self) -> None:
+        """Read the stream to its end, so that a producer that runs collectives is in step on every rank."""
+        for _ in self:
+            pass
+
+    def check(self) -> None:
+        """Report what was wrong, once the stream has ended.
+
+        Raises:
+            ValueError: a name was unknown or missing, a shape differed, or tied names carried different values; lists
+                all of them.
+            Exception: whatever the producer raised.
+        """
+        if self._failure is not None:
+            raise self._failure
+        needed = dict.fromkeys(self._expected.canonical.values())
+        problems = self._problems + [f"{name} is missing" for name in needed if name not in self._came]
+        if problems:
+            raise ValueError(
+                f"the pushed parameters do not fit the engine's {self._expected.model_name}: {'; '.join(problems)}. "
+                "Push every parameter of a model with the same configuration, unsharded, under its "
+                "named_parameters() names."
+            )
+
+    def _fits(self, name: str, value: Tensor) -> bool:
+        shape = self._expected.shapes.get(name)
+        if shape is None:
+            self._problems.append(f"{name} is unknown")
+            return False
+        if shape != tuple(value.shape):
+            self._problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shape}")
+            return False
+        canonical = self._expected.canonical[name]
+        if canonical in self._came:
+            if not torch.equal(self._tied[canonical], value):
+                self._problems.append(f"{name} differs from {self._came[canonical]}, to which the model ties it")
+            return False
+        self._came[canonical] = name
+        if canonical in self._expected.tied:
+            self._tied[canonical] = value
+        return True
+
+
+@torch.no_grad()
+def push_parameters(llm: Any, stream: CheckedStream) -> None:
+    """Load a stream into a running ``vllm.LLMEngine`` that has no open requests, and drop what it cached.
+
+    Raises:
+        RuntimeError: vLLM could not drop its prefix cache.
+    """
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+    finally:
+        stream.drain()
+    llm.apply_model(retie_head)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError(
+            "vLLM kept its prefix cache, which the old weights computed; close() the engine and start() it again"
+        )
+
+
+def retie_head(model: nn.Module) -> None:
+    """Renew what a CPU engine keeps of a tied output projection: a packed copy, which a reload does not reach.
+
+    Without it, log-probabilities were off by 0.45 on average, silently.
+    """
+    config: Any = model.config
+    if config.get_text_config().tie_word_embeddings:
+        head: Any = model.lm_head
+        head.quant_method.process_weights_after_loading(head)
+
+
+def hide_tokens(model: nn.Module, first: int) -> None:
+    """Make a vLLM model never sample tokens from ``first`` on, which pad the vocabulary."""
+
+    def hide(module: nn.Module, arguments: tuple[Any, ...], logits: Tensor | None) -> None:
+        if logits is not None:
+            logits[..., first:] = -torch.inf
+
+    logits_processor: Any = model.logits_processor
+    logits_processor.register_forward_hook(hide)
