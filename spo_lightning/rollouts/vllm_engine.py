@@ -286,10 +286,14 @@ class VLLMEngine(RolloutEngine):
     def _arguments(self, context: EngineContext) -> dict[str, Any]:
         """The arguments of vLLM's engine."""
         cache_bytes = self.kv_cache_memory_bytes
-        if cache_bytes is None and self._on_cpu:
-            cache_bytes = CPU_CACHE_BYTES
+        further: dict[str, Any] = self.engine_args
+        if self._on_cpu:
+            cache_bytes = CPU_CACHE_BYTES if cache_bytes is None else cache_bytes
+            # A prompt in several parts makes vLLM wind a request's generator back, which torch's on a CPU cannot.
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self._max_model_len)}
+            further = whole | further
         return engine_arguments(
-            self.engine_args,
+            further,
             model=context.model_path,
             revision=context.revision,
             dtype=self.dtype or context.dtype,

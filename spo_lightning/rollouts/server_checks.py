@@ -1,0 +1,92 @@
+"""Whether a server is one that can serve this run; asked at the start, and again whenever a server comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable
+
+RETRY_INTERVAL = 0.5  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server's model can take.
+
+    Attributes:
+        max_model_len: most tokens of prompt and completion together.
+        vocab_size: tokens that it has embeddings for.
+    """
+
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCheck:
+    """What is asked of every server.
+
+    Attributes:
+        model_path: what the policy was loaded from.
+        max_model_len: length that the server must take; ``None`` takes what it has.
+    """
+
+    model_path: str
+    max_model_len: int | None
+
+    async def __call__(self, client: ServerClient) -> Limits:
+        """Ask a server.
+
+        Raises:
+            ServerUnavailable: it does not answer.
+            ServerRefused: it is not fit; lists every problem.
+        """
+        served = await client.served_models()
+        found = await client.describe()
+        problems = []
+        names = {PurePath(found["model"]).name, *(PurePath(name).name for name in served)}
+        if PurePath(self.model_path).name not in names:
+            problems.append(
+                f"it serves {found['model']!r}, the policy is {self.model_path!r}: start it with that model, or with "
+                f"--served-model-name {self.model_path} if it is a copy"
+            )
+        if found["logprobs_mode"] != "processed_logprobs":
+            problems.append(
+                f"its log-probabilities are {found['logprobs_mode']}, not those of the distribution that is sampled "
+                "from: start it with --logprobs-mode processed_logprobs"
+            )
+        if self.max_model_len is not None and found["max_model_len"] < self.max_model_len:
+            problems.append(
+                f"it takes {found['max_model_len']} tokens, {self.max_model_len} are needed: start it with "
+                f"--max-model-len {self.max_model_len}"
+            )
+        if problems:
+            raise ServerRefused("; ".join(problems))
+        return Limits(self.max_model_len or found["max_model_len"], found["vocab_size"])
+
+    async def wait(self, client: ServerClient, timeout: float) -> Limits:
+        """Ask a server until it answers, and have it sample a token.
+
+        Raises:
+            RuntimeError: it does not answer within ``timeout`` seconds.
+            ValueError: it is not fit.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                limits = await self(client)
+                if await client.weight_version() != LOADING:
+                    await client.try_out()
+                return limits
+            except ServerRefused as error:
+                raise ValueError(f"the server {client.url} is not fit for this run: {error}") from error
+            except ServerUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"the server {client.url} did not answer within {timeout:g} s: {error}. Start it as "
+                        "docs/servers.md says, or correct the engine's urls"
+                    ) from error
+            await asyncio.sleep(RETRY_INTERVAL)

@@ -1,0 +1,220 @@
+"""One vLLM server over HTTP: its state, its weights, and streams of sampled tokens. Asynchronous; holds no state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp.http_exceptions import BadHttpMessage
+
+CONNECT_TIMEOUT = 10.0  # seconds
+WORKER_EXTENSION = "spo_lightning.rollouts.server_worker.ServerWorker"
+LOGPROB_FLOOR = -9999.0  # what vLLM sends in place of minus infinity and NaN
+LOADING = "loading"  # name of the weights while they are replaced
+LINE_LIMIT = 2**24  # bytes; a line holds all tokens since the last one, at 150 bytes each
+AWAY = frozenset({404, 408, 429, 502, 503, 504})  # a proxy, or a server that takes no requests now
+PROBE = {"token_ids": [0], "stream": True, "sampling_params": {"max_tokens": 1, "logprobs": 0, "detokenize": False}}
+
+
+class ServerUnavailable(Exception):
+    """The server does not answer, broke off, or is broken itself; another may do."""
+
+
+class ServerAway(ServerUnavailable):
+    """An answer by which no server is behind the URL, or one that takes no requests now.
+
+    Args:
+        status: of the answer.
+        text: what it says.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ServerRefused(Exception):
+    """The server answers that it will not do what was asked; asking again would not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a stream.
+
+    Attributes:
+        token_ids: sampled tokens.
+        logprobs: of each, under the distribution it was drawn from.
+        finish_reason: vLLM's, on the last piece: "stop", "length" or "abort".
+        spans: on the last piece, (version, end): the weights that sampled the stream's tokens up to ``end``, in order.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str | None
+    spans: list[tuple[str, int]]
+
+
+class ServerClient:
+    """Talks to one server.
+
+    Args:
+        url: base URL, e.g. ``"http://10.0.0.7:8000"``.
+        session: of the running event loop.
+        answer_timeout: seconds within which a living server answers a small request.
+        push_timeout: seconds within which it loads weights.
+        token_timeout: longest between two tokens of a request, and before the first; one may wait its turn for long.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        answer_timeout: float,
+        push_timeout: float,
+        token_timeout: float,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._answer_timeout = answer_timeout
+        self._push_timeout = push_timeout
+        self._token_timeout = token_timeout
+
+    async def served_models(self) -> dict[str, int]:
+        """Served model names, each with its length limit."""
+        answer = await self._call("GET", "/v1/models")
+        return {model["id"]: model["max_model_len"] for model in answer["data"]}
+
+    async def describe(self) -> dict[str, Any]:
+        """What ``ServerWorker.spo_describe`` says on the server's first worker.
+
+        Raises:
+            ServerRefused: the server lacks the worker extension, or the development mode that lets it be called.
+        """
+        try:
+            answer = await self._call("POST", "/collective_rpc", {"method": "spo_describe"})
+        except ServerAway as error:
+            raise _lacking(error, "VLLM_SERVER_DEV_MODE=1 in its environment") from error
+        except ServerUnavailable as error:
+            if "no attribute 'spo_describe'" in str(error):
+                raise ServerRefused(f"lacks --worker-extension-cls {WORKER_EXTENSION}") from error
+            raise
+        description: dict[str, Any] = answer["results"][0]
+        return description
+
+    async def weight_version(self) -> str:
+        """The version its engine process was told last; "default" if none since it was started."""
+        return str((await self._call("GET", "/weight_info"))["weight_version"])
+
+    async def load(self, path: str, version: str) -> None:
+        """Load weights from a file and name them.
+
+        The name is taken away first and given last, so that a server with a version holds exactly these weights, has
+        nothing cached from others, and runs.
+
+        Raises:
+            ServerRefused: the weights do not fit.
+        """
+        await self._name_weights(LOADING)
+        await self._call("POST", "/pause?mode=abort&clear_cache=true", timeout=self._push_timeout)
+        body = {"method": "spo_load_weights", "args": [path]}
+        answer = await self._call("POST", "/collective_rpc", body, self._push_timeout)
+        problems = sorted({result["problem"] for result in answer["results"]} - {""})
+        if problems:
+            raise ServerRefused(f"cannot load the weights: {'; '.join(problems)}")
+        reset = await self._call("POST", "/reset_prefix_cache", timeout=self._push_timeout)
+        if not reset["success"]:
+            raise ServerUnavailable("could not reset its prefix cache, which holds keys and values of the old weights")
+        await self._call("POST", "/resume", timeout=self._push_timeout)
+        await self._name_weights(version)
+
+    async def try_out(self) -> None:
+        """Have it sample a token, within the time that it may take to load weights.
+
+        Raises:
+            ServerUnavailable: it does not.
+            ServerRefused: it lacks the route.
+        """
+        try:
+            async for _ in self.stream(PROBE, self._push_timeout):
+                pass
+        except ServerAway as error:
+            raise _lacking(error, "--enable-scale-out") from error
+
+    async def stream(self, body: Mapping[str, Any], patience: float | None = None) -> AsyncGenerator[Chunk, None]:
+        """Send a generation request; its tokens as they come. Leaving the iterator ends the request on the server.
+
+        Args:
+            body: the request.
+            patience: seconds in place of ``token_timeout``.
+
+        Raises:
+            ServerUnavailable: no token came in time, the stream broke off, or it is none that vLLM would send.
+            ServerRefused: the request is not accepted.
+        """
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT, sock_read=patience or self._token_timeout)
+        url = f"{self.url}/inference/v1/generate"
+        try:
+            async with self._session.post(url, json=body, timeout=timeout, read_bufsize=LINE_LIMIT) as response:
+                await _check(response)
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        chunk = _chunk(json.loads(line[len(b"data: ") :]))
+                        yield chunk
+                        if chunk.finish_reason is not None:
+                            return
+        except (aiohttp.ClientError, BadHttpMessage, OSError, TimeoutError, ValueError) as error:
+            raise ServerUnavailable(_text(error)) from error
+        raise ServerUnavailable("the stream ended before the completion did")
+
+    async def _name_weights(self, version: str) -> None:
+        await self._call("POST", "/update_weight_version", {"new_version": version})
+
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        limit = aiohttp.ClientTimeout(total=timeout or self._answer_timeout, sock_connect=CONNECT_TIMEOUT)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
+                await _check(response)
+                answer: dict[str, Any] = await response.json()
+                return answer
+        except (aiohttp.ClientError, OSError, TimeoutError, json.JSONDecodeError) as error:
+            raise ServerUnavailable(f"{path.partition('?')[0]}: {_text(error)}") from error
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if response.status >= 400:
+        text = (await response.text())[:500]
+        raise _failure(response.status, f"{response.url.path} answered {response.status}: {text}")
+
+
+def _failure(status: int, text: str) -> ServerUnavailable | ServerRefused:
+    if status in AWAY:
+        return ServerAway(status, text)
+    return ServerRefused(text) if 400 <= status < 500 else ServerUnavailable(text)
+
+
+def _lacking(error: ServerAway, what: str) -> ServerUnavailable | ServerRefused:
+    """A route that is missing at a server whose other routes answer is one that was not switched on."""
+    return ServerRefused(f"lacks {what}: {error}") if error.status == 404 else error
+
+
+def _chunk(event: dict[str, Any]) -> Chunk:
+    if "error" in event:
+        error = event["error"]
+        raise _failure(error["code"], f"{error['code']}: {error['message']}")
+    choice = event["choices"][0]
+    token_ids = choice["token_ids"] or []
+    entries = choice["logprobs"]["content"]
+    logprobs = [entry["logprob"] for entry in entries]
+    if [entry["token_id"] for entry in entries] != token_ids or any(value <= LOGPROB_FLOOR for value in logprobs):
+        raise ServerUnavailable(f"sent no finite log-probability for each sampled token: {token_ids}, {logprobs}")
+    spans = [(span["version"], span["end"]) for span in choice["weight_versions"] or []]
+    return Chunk(token_ids, logprobs, choice["finish_reason"], spans)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,69 @@
+"""Open requests as vLLM generation requests: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spo_lightning.rollouts.open_request import OpenRequest
+from spo_lightning.types import RolloutRequest
+
+MASKED = -100.0  # logit bias of ids that the tokenizer does not know; vLLM allows no lower one
+
+
+@dataclass(frozen=True)
+class RequestFormat:
+    """How requests of this run are opened, sent and cut.
+
+    Attributes:
+        tokenizer: the policy's.
+        eos_token_ids: tokens that end a completion.
+        max_model_len: most tokens of prompt and completion together.
+        masked: ids that the model has embeddings for and the tokenizer has no token for; never sampled.
+    """
+
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    masked: Iterable[int]
+
+    def open(self, request: RolloutRequest, seed: int) -> OpenRequest:
+        """A request as submitted."""
+        return OpenRequest(request, seed, self.max_model_len, self.tokenizer)
+
+    def cut(self, row: OpenRequest, length: int) -> OpenRequest:
+        """An open request with only the first ``length`` tokens of its completion."""
+        whole = row.completion("aborted")
+        kept = replace(
+            whole,
+            token_ids=whole.token_ids[:length],
+            sampling_logprobs=whole.sampling_logprobs[:length],
+            completion_mask=whole.completion_mask[:length],
+            policy_versions=whole.policy_versions[:length],
+        )
+        return self.open(replace(row.request, partial=kept), row.seed)
+
+    def body(self, row: OpenRequest) -> dict[str, Any]:
+        """What to send for the rest of an open request.
+
+        Every setting that changes the distribution is sent, so that the model's ``generation_config.json`` has no say.
+        Stop strings are found on this side, which has the whole completion, a former part included.
+        """
+        sampling = row.request.sampling
+        greedy = sampling.temperature == 0
+        parameters = {
+            "max_tokens": row.room,
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if greedy else sampling.top_p,
+            "top_k": 0 if greedy else sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": row.part_seed,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self.eos_token_ids),
+            "logprobs": 0,  # of the sampled token only
+            "detokenize": False,
+            "logit_bias": {str(token_id): MASKED for token_id in self.masked} or None,
+        }
+        return {"token_ids": row.prefix, "stream": True, "sampling_params": parameters}

@@ -1,0 +1,296 @@
+"""Rollout engine on vLLM servers of their own, on other GPUs or nodes: they sample while the trainer trains.
+
+Tokens stream in over HTTP. A push ends the streams, gives every server the new weights and sends the requests again
+with the tokens they have, so the version recorded with each token is exact. A server that dies, hangs or fails a push
+is left out until it answers again and has been given the current weights; its requests go on elsewhere. How to start
+servers: docs/servers.md. aiohttp and Transformers are imported in ``start``, so that naming this class in a
+configuration costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spo_lightning.protocols import EngineContext, RolloutEngine
+from spo_lightning.rollouts.request_checks import check_requests
+from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_thread import LoopThread
+from spo_lightning.types import Completion, RolloutRequest
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from spo_lightning.rollouts.server_pool import ServerPool
+    from spo_lightning.rollouts.server_weights import WeightFiles
+
+API_KEY_VARIABLE = "SPO_VLLM_API_KEY"
+STEP_SECONDS = 1.0  # longest that step() waits for a completion
+
+
+class VLLMServerEngine(RolloutEngine):
+    """Generates completions on running vLLM servers; implements ``RolloutEngine``.
+
+    A request with a seed gets the same completion from any server, up to rounding of the logits, as long as it is not
+    interrupted; what is sampled after an interruption depends on the seed and on where it was interrupted. Rank 0
+    pushes weights; the other ranks use a server when it says that it holds the version they were told. Servers started
+    on the policy's own checkpoint serve version 0 before the first push.
+
+    Args:
+        urls: base URLs of the servers, e.g. ``["http://10.0.0.7:8000"]``. Every rank uses all of them.
+        weights_folder: folder of this run alone that rank 0 and all servers see under this path; pushes go through it.
+            It needs room for two copies of the policy, and a third while a server is late to load one.
+        weights_dtype: dtype that weights are pushed in, e.g. "bfloat16" for servers that run in it; ``None`` takes the
+            policy's.
+        api_key: sent as bearer token; the servers' ``--api-key``. ``None`` takes the environment variable
+            ``SPO_VLLM_API_KEY`` if it is set, which keeps the key out of saved configurations.
+        max_requests_per_server: most requests that this rank has open at one server; the others wait here. About the
+            servers' ``--max-num-seqs``: rank 0 alone sends training requests. In benchmarks all ranks send, and the
+            servers queue what is too much.
+        seed: of the stream that seeds requests which bring no seed.
+        startup_timeout_s: longest that ``start`` waits for the servers.
+        stall_timeout_s: longest that a living server may take for a small answer. One that takes longer is left out
+            until it answers.
+        probe_interval_s: time between two looks at a server.
+        push_timeout_s: longest that a server may take to load weights.
+        give_up_after_s: time that ``step`` calls may wait without a token from any server, and a push without a server
+            that takes it, until an error ends the run.
+    """
+
+    runs_in_background = True
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        weights_folder: str,
+        weights_dtype: str | None = None,
+        api_key: str | None = None,
+        max_requests_per_server: int = 256,
+        seed: int = 0,
+        startup_timeout_s: float = 600.0,
+        stall_timeout_s: float = 120.0,
+        probe_interval_s: float = 2.0,
+        push_timeout_s: float = 600.0,
+        give_up_after_s: float = 1800.0,
+    ) -> None:
+        limits = {
+            "startup_timeout_s": startup_timeout_s,
+            "stall_timeout_s": stall_timeout_s,
+            "probe_interval_s": probe_interval_s,
+            "push_timeout_s": push_timeout_s,
+            "give_up_after_s": give_up_after_s,
+        }
+        problems = [f"{name} is {value}; it must be positive" for name, value in limits.items() if value <= 0]
+        urls = [url.rstrip("/") for url in urls]
+        if not urls or len(set(urls)) < len(urls):
+            problems.append(f"urls is {urls}; it must name at least one server, and none twice")
+        if max_requests_per_server < 1:
+            problems.append(f"max_requests_per_server is {max_requests_per_server}; it must be at least 1")
+        if not 0 <= seed < 2**63:
+            problems.append(f"seed is {seed}; it must be in [0, 2**63)")
+        if problems:
+            raise ValueError("bad VLLMServerEngine settings: " + "; ".join(problems))
+        self.urls = urls
+        self.weights_folder = Path(weights_folder).absolute()
+        self.weights_dtype = weights_dtype
+        self.api_key = api_key
+        self.max_requests_per_server = max_requests_per_server
+        self.startup_timeout_s = startup_timeout_s
+        self.stall_timeout_s = stall_timeout_s
+        self.probe_interval_s = probe_interval_s
+        self.push_timeout_s = push_timeout_s
+        self.give_up_after_s = give_up_after_s
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._thread: LoopThread | None = None
+
+    def start(self, context: EngineContext) -> None:
+        """Wait for the servers and check them.
+
+        Raises:
+            RuntimeError: the engine was started before, a server does not answer in time, another run has the weights
+                folder, or there is no room in it.
+            ValueError: a server does not fit the run: another model, too short a length, missing options.
+        """
+        from spo_lightning.rollouts.server_weights import WeightFiles
+
+        if self._thread is not None:
+            raise RuntimeError("the engine is started already; start it once, or close() it first")
+        self._run = uuid.uuid4().hex[:8] if context.rank == 0 else None
+        folder = self.weights_folder if context.rank == 0 else None
+        dtype = self.weights_dtype or context.dtype
+        self._files: WeightFiles = WeightFiles(folder, context.model_path, context.revision, dtype)
+        self._weights_fit = True
+        self._pushes = 0
+        self._files.claim()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._files.release)
+            thread = LoopThread("vllm-servers")
+            undo.callback(thread.stop)
+            thread.run(self._connect(context))
+            undo.callback(lambda: thread.run(self._disconnect()))
+            self._undo = undo.pop_all()
+        self._thread = thread
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Queue requests, and send them as far as the servers have room.
+
+        Raises:
+            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
+                leaves no room for a token, a seed is negative, or a partial completion is of another prompt or has
+                ended; lists every problem. Nothing is queued then.
+        """
+        thread = self._started()
+        check_requests(requests, self._pool, self._limits.max_model_len, self._limits.vocab_size)
+        thread.call(self._pool.add, [self._format.open(request, self._seed_of(request)) for request in requests])
+
+    def step(self) -> list[Completion]:
+        """Wait until completions have finished, at most a second; those that have, in the order of their requests.
+
+        Raises:
+            RuntimeError: the last weight push failed, a server refused a request, one failed three times at servers
+                that are well, or no token has come in ``give_up_after_s`` of waiting here; open requests then keep
+                what they have.
+        """
+        thread = self._started()
+        if not self._weights_fit:
+            raise RuntimeError("the servers' weights are unusable; call update_weights() with a full set, then step()")
+        return thread.run(self._pool.take(STEP_SECONDS, self.give_up_after_s))
+
+    def abort(self, request_ids: Iterable[int]) -> list[Completion]:
+        """Stop open requests and return, in the order given, what they have so far.
+
+        One that has finished since the last ``step`` keeps its real ``finish_reason``.
+
+        Raises:
+            KeyError: an id is not open; nothing is stopped then.
+        """
+        thread = self._started()
+        ids = list(dict.fromkeys(request_ids))
+        unknown = [i for i in ids if i not in self._pool]
+        if unknown:
+            raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
+        return thread.call(self._pool.remove, ids)
+
+    def partials(self) -> list[Completion]:
+        """What every open request has so far, in the order they were submitted; they stay open.
+
+        One that has finished since the last ``step`` has its real ``finish_reason``.
+        """
+        return self._started().call(self._pool.partials)
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together: the run's, or else the least among the servers."""
+        self._started()
+        return self._limits.max_model_len
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and neither returned nor aborted."""
+        return 0 if self._thread is None else len(self._pool)
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give the servers new weights. Open requests keep their tokens and go on under the new weights.
+
+        Rank 0 writes the weights to a file while the servers still sample, and returns when at least one server holds
+        them and every other one that answered before holds them or has failed. The other ranks read the parameters and
+        return; they send requests to a server once it holds this version.
+
+        Args:
+            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            version: recorded with every token that these weights sample.
+
+        Raises:
+            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
+            RuntimeError: the file cannot be written, or no server took them within ``give_up_after_s``; the same.
+        """
+        from spo_lightning.rollouts.server_state import Target
+
+        thread = self._started()
+        self._weights_fit = False
+        self._pushes += 1
+        try:
+            path = self._files.write(named_parameters, f"{self._run}-{self._pushes}")
+            held = None if self._run is None else f"{self._run}/{self._pushes}/{version}"
+            thread.run(self._pool.want(Target(version, held, path, self._pushes), self.give_up_after_s))
+        except BaseException:
+            thread.call(self._pool.hold)
+            raise
+        finally:
+            self._files.remove(kept=thread.call(self._pool.files_in_use))
+        self._weights_fit = True
+
+    def sleep(self) -> None:
+        """Nothing: the servers' devices are their own."""
+
+    def wake_up(self) -> None:
+        """Nothing: the servers do not sleep."""
+
+    def close(self) -> None:
+        """End all requests, delete the weight file and stop the background thread. The servers keep running."""
+        if self._thread is not None:
+            self._thread = None
+            self._undo.close()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State of the stream that seeds requests: ``seeds``, (S,) uint8."""
+        return {"seeds": self._seeds.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self._seeds.set_state(state["seeds"])
+
+    def _started(self) -> LoopThread:
+        if self._thread is None:
+            raise RuntimeError("the engine is not started; call start() first")
+        return self._thread
+
+    def _seed_of(self, request: RolloutRequest) -> int:
+        if request.seed is not None:
+            return request.seed
+        return int(torch.randint(2**63 - 1, (), generator=self._seeds))
+
+    async def _connect(self, context: EngineContext) -> None:
+        import aiohttp
+
+        from spo_lightning.rollouts.server_checks import Limits, ServerCheck
+        from spo_lightning.rollouts.server_client import ServerClient
+        from spo_lightning.rollouts.server_pool import ServerPool
+
+        api_key = self.api_key or os.environ.get(API_KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+        timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
+        clients = [ServerClient(url, session, *timeouts) for url in self.urls]
+        check = ServerCheck(context.model_path, context.max_model_len)
+        try:
+            limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))
+        except BaseException:
+            await session.close()
+            raise
+        self._limits = Limits(min(one.max_model_len for one in limits), min(one.vocab_size for one in limits))
+        known = max(context.tokenizer.get_vocab().values()) + 1
+        self._format = RequestFormat(
+            context.tokenizer,
+            frozenset(context.eos_token_ids),
+            self._limits.max_model_len,
+            range(known, self._limits.vocab_size),
+        )
+        self._session: aiohttp.ClientSession = session
+        self._pool: ServerPool = ServerPool(
+            clients, check, self._format, self.max_requests_per_server, self.probe_interval_s
+        )
+
+    async def _disconnect(self) -> None:
+        try:
+            await self._pool.close()
+        finally:
+            await self._session.close()

@@ -1,0 +1,120 @@
+"""A stand-in for a vLLM server, for faults that a real one cannot be brought to on demand; it speaks the same routes.
+
+The tests in ``tests/vllm`` are on real servers. Each token that this one samples is the number in the weights that it
+holds, so a test sees in the tokens which weights sampled them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+LOGPROB = -0.5
+
+
+class FakeServer:
+    """Faults are switched on by its attributes, at any time.
+
+    Attributes:
+        weights: number sampled. ``loaded`` has those that were pushed, in order.
+        load_seconds, load_problem: time that a push takes, and what goes wrong with it.
+        status: answered to generation requests.
+        bad_prompt: first token of prompts that get tokens without a finite log-probability.
+        token_seconds, tokens_per_chunk: pace of a stream.
+        prompts: first tokens of the requests that came, in order; ``running`` is the number of those under way.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.weights, self.name, self.loaded = 5, "default", []  # type: int, str, list[int]
+        self.load_seconds, self.load_problem = 0.0, ""
+        self.status, self.bad_prompt = 200, -1
+        self.token_seconds, self.tokens_per_chunk = 0.005, 1
+        self.prompts: list[int] = []
+        self.running = 0
+        self.keys: set[str | None] = set()
+        self.__dict__ |= settings
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/weight_info", self._info)
+        app.router.add_post("/collective_rpc", self._call)
+        app.router.add_post("/update_weight_version", self._rename)
+        app.router.add_post("/inference/v1/generate", self._generate)
+        for path in ("/pause", "/resume", "/reset_prefix_cache"):
+            app.router.add_post(path, self._agree)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    def load(self, path: str) -> int:
+        return int(Path(path).read_text())
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "policy", "max_model_len": 100_000}]})
+
+    async def _info(self, _: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.name})
+
+    async def _agree(self, _: web.Request) -> web.Response:
+        return web.json_response({"success": True})
+
+    async def _rename(self, request: web.Request) -> web.Response:
+        self.name = (await request.json())["new_version"]
+        return await self._agree(request)
+
+    async def _call(self, request: web.Request) -> web.Response:
+        self.keys.add(request.headers.get("Authorization"))
+        body = await request.json()
+        if body["method"] == "spo_describe":
+            limits = {"max_model_len": 100_000, "vocab_size": 64, "max_logprobs": 1}
+            result = {"model": "policy", "dtype": "float32", "logprobs_mode": "processed_logprobs", **limits}
+        else:
+            await asyncio.sleep(self.load_seconds)
+            result = {"problem": self.load_problem}
+            if not self.load_problem:
+                self.weights = self.load(body["args"][0])
+                self.loaded.append(self.weights)
+        return web.json_response({"results": [result]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.prompts.append(body["token_ids"][0])
+        if self.status != 200:
+            return web.Response(status=self.status, text="no")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        self.running += 1
+        with contextlib.suppress(ConnectionResetError):  # the client left
+            await self._stream(response, body["sampling_params"]["max_tokens"], body["token_ids"][0] == self.bad_prompt)
+        self.running -= 1
+        return response
+
+    async def _stream(self, response: web.StreamResponse, count: int, bad: bool) -> None:
+        spans: list[dict[str, Any]] = []
+        sent = 0
+        while sent < count:
+            tokens = [self.weights] * min(self.tokens_per_chunk, count - sent)
+            sent += len(tokens)
+            if spans and spans[-1]["version"] == self.name:
+                spans[-1]["end"] = sent
+            else:
+                spans.append({"version": self.name, "end": sent})
+            logprob = -9999.0 if bad else LOGPROB
+            choice = {
+                "token_ids": tokens,
+                "logprobs": {"content": [{"token_id": t, "logprob": logprob, "text": "x" * 100} for t in tokens]},
+                "finish_reason": "length" if sent == count else None,
+                "weight_versions": spans if sent == count else None,
+            }
+            await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            await asyncio.sleep(self.token_seconds)

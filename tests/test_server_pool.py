@@ -1,0 +1,323 @@
+"""Pool and client of vLLM servers against stand-ins for faults (``fake_server.py``); real servers: ``tests/vllm``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spo_lightning.protocols import EngineContext
+from spo_lightning.rollouts.server_checks import ServerCheck
+from spo_lightning.rollouts.server_client import ServerClient
+from spo_lightning.rollouts.server_pool import ServerPool
+from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_state import Target
+from spo_lightning.rollouts.server_thread import LoopThread
+from spo_lightning.rollouts.vllm_server import VLLMServerEngine
+from spo_lightning.types import Completion, RolloutRequest, SamplingParams
+
+from fake_server import FakeServer
+from tiny_models import make_char_tokenizer, make_model
+
+FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000, ())
+BAD = 9
+
+
+def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+@asynccontextmanager
+async def pool_of(*servers: FakeServer, streams: int = 256, probe: float = 0.05) -> AsyncIterator[ServerPool]:
+    """A pool that has looked at its servers once."""
+    async with aiohttp.ClientSession() as session:
+        for server in servers:
+            await server.start()
+        clients = [ServerClient(server.url, session, 5.0, 20.0, 60.0) for server in servers]
+        pool = ServerPool(clients, ServerCheck("policy", None), FORMAT, streams, probe)
+        try:
+            await until(lambda: "was not asked yet" not in pool.causes())
+            yield pool
+        finally:
+            async with asyncio.timeout(5):
+                await pool.close()
+            for server in servers:
+                await server.stop()
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def drain(pool: ServerPool) -> list[Completion]:
+    done: list[Completion] = []
+    async with asyncio.timeout(20):
+        while len(pool):
+            done += await pool.take(1.0, 60.0)
+    return done
+
+
+def ask(pool: ServerPool, ids: Iterable[int], tokens: int = 1000, prompt: int = 2, urgent: bool = False) -> None:
+    requests = [RolloutRequest(i, (prompt,), SamplingParams(tokens), urgent=urgent) for i in ids]
+    pool.add(FORMAT.open(request, 0) for request in requests)
+
+
+def target(folder: Path, weights: int, push: int = 1) -> Target:
+    path = folder / f"weights-{push}"
+    path.write_text(str(weights))
+    return Target(weights, f"run/{push}/{weights}", path, push)
+
+
+def sampled(completion: Completion) -> list[tuple[int, int]]:
+    """Runs of equal (token, version) pairs, each once."""
+    pairs = zip(completion.token_ids.tolist(), completion.policy_versions.tolist(), strict=True)
+    return list(dict.fromkeys(pairs))
+
+
+@pytest.mark.parametrize("push", [False, True])
+@on_a_loop
+async def test_urgent_requests_go_first_also_after_a_push(push: bool, tmp_path: Path) -> None:
+    server = FakeServer()
+    async with pool_of(server, streams=1) as pool:
+        ask(pool, [0], prompt=2, tokens=60)
+        await until(lambda: server.prompts == [0, 2])  # the first one samples a token to try the server out
+        ask(pool, [1], prompt=3, tokens=4)
+        ask(pool, [2], prompt=4, tokens=4, urgent=True)
+        if push:
+            await pool.want(target(tmp_path, 7), 5.0)
+        await drain(pool)
+        assert server.prompts == ([0, 2, 4, 2, 3] if push else [0, 2, 4, 3])
+
+
+@on_a_loop
+async def test_requests_that_come_alone_go_to_one_server_after_the_other() -> None:
+    servers = [FakeServer() for _ in range(3)]
+    async with pool_of(*servers) as pool:
+        await until(lambda: pool.causes().count("is usable") == 3)
+        for i in range(6):
+            ask(pool, [i], tokens=1, prompt=5)
+            await drain(pool)
+        assert [server.prompts.count(5) for server in servers] == [2, 2, 2]
+
+
+@on_a_loop
+async def test_a_failed_push_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = FakeServer(load_problem="FileNotFoundError: no such file")
+    async with pool_of(FakeServer(), bad) as pool:
+        await until(lambda: pool.causes().count("is usable") == 2)
+        with caplog.at_level(logging.WARNING):
+            await pool.want(target(tmp_path, 7), 5.0)
+            await asyncio.sleep(0.3)  # six looks
+        assert [bad.url in record.message and "no such file" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", ["default", "another-run/3/3"])
+@on_a_loop
+async def test_a_push_leaves_requests_spread_over_servers_of_any_speed(name: str, tmp_path: Path) -> None:
+    servers = [FakeServer(load_seconds=seconds, name=name) for seconds in (0.0, 0.3, 0.3, 0.3)]
+    async with pool_of(*servers) as pool:
+        ask(pool, range(40))
+        await until(lambda: sum(server.running for server in servers) == (40 if name == "default" else 0))
+        await pool.want(target(tmp_path, 7), 5.0)
+        await until(lambda: [server.running for server in servers] == [10] * 4)
+
+
+@on_a_loop
+async def test_the_share_of_a_server_that_fails_a_push_goes_to_the_others(tmp_path: Path) -> None:
+    servers = [FakeServer(), FakeServer(load_problem="no")]
+    async with pool_of(*servers) as pool:
+        await until(lambda: pool.causes().count("is usable") == 2)
+        ask(pool, range(10))
+        await pool.want(target(tmp_path, 7), 5.0)
+        await until(lambda: [server.running for server in servers] == [10, 0])
+
+
+@on_a_loop
+async def test_a_bad_request_is_named_and_costs_no_server() -> None:
+    servers = [FakeServer(bad_prompt=BAD), FakeServer(bad_prompt=BAD)]
+    async with pool_of(*servers) as pool:
+        await until(lambda: pool.causes().count("is usable") == 2)
+        ask(pool, range(10), tokens=200)
+        await until(lambda: sum(server.running for server in servers) == 10)
+        ask(pool, [99], prompt=BAD)
+        with pytest.raises(RuntimeError, match="request 99 failed 3 times without a token.*no finite log-probability"):
+            async with asyncio.timeout(5):
+                while True:
+                    await pool.take(1.0, 60.0)
+        assert sum(server.prompts.count(BAD) for server in servers) in (3, 4)  # one may be on its way
+        assert sum(server.prompts.count(2) for server in servers) == 10
+        pool.remove([99])
+        assert len(await drain(pool)) == 10
+
+
+@on_a_loop
+async def test_a_dead_server_is_not_held_against_its_requests() -> None:
+    servers = [FakeServer(), FakeServer(), FakeServer(), FakeServer()]
+    async with pool_of(*servers, probe=60.0) as pool:  # the keepers notice by the broken streams alone
+        await until(lambda: pool.causes().count("is usable") == 4)
+        ask(pool, range(8), tokens=60)
+        await until(lambda: all(server.running for server in servers))
+        for server in servers[:3]:
+            await server.stop()
+        assert len(await drain(pool)) == 8
+
+
+@on_a_loop
+async def test_a_refused_request_is_sent_once_a_step() -> None:
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await until(lambda: "is usable" in pool.causes())
+        server.status = 400
+        ask(pool, [3], tokens=20)
+        await asyncio.sleep(0.3)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="request 3 was refused by .*answered 400: no"):
+                await pool.take(1.0, 60.0)
+        assert server.prompts.count(2) == 2
+        server.status = 200
+        assert len(await drain(pool)) == 1
+
+
+@pytest.mark.parametrize("status", [404, 429, 503])
+@on_a_loop
+async def test_a_server_behind_a_failing_proxy_is_tried_out_before_it_is_used_again(status: int) -> None:
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await until(lambda: "is usable" in pool.causes())
+        server.status = status
+        ask(pool, range(3), tokens=20)
+        await until(lambda: server.prompts.count(0) >= 4)
+        assert server.prompts.count(2) == 3
+        assert f"{status}: no" in pool.causes()
+        server.status = 200
+        assert len(await drain(pool)) == 3
+
+
+@on_a_loop
+async def test_two_pushes_of_one_version_are_both_made(tmp_path: Path) -> None:
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        first = target(tmp_path, 7)
+        await pool.want(first, 5.0)
+        second = tmp_path / "second"
+        second.write_text("8")
+        await pool.want(Target(7, "run/2/7", second, 2), 5.0)
+        assert server.loaded == [7, 8]
+        assert Target(7, None, None, 2).matches(server.name) and not Target(7, None, None, 1).matches(server.name)
+
+
+@pytest.mark.parametrize("probe", [60.0, 0.05], ids=["by the last chunk", "by a look"])
+@on_a_loop
+async def test_tokens_of_weights_that_another_rank_pushed_are_dropped(probe: float) -> None:
+    server = FakeServer(weights=7, name="run/1/7")
+    async with pool_of(server, probe=probe) as pool:
+        await pool.want(Target(7, None, None, 1), 5.0)
+        await until(lambda: "is usable" in pool.causes())
+        ask(pool, [0, 1], tokens=60)
+        await until(lambda: min(len(completion.token_ids) for completion in pool.partials()) > 5)
+        server.weights, server.name = 8, "run/2/8"
+        await until(lambda: "run/2/8" in pool.causes() and not server.running)
+        assert {pair for completion in pool.partials() for pair in sampled(completion)} <= {(7, 7)}
+        await pool.want(Target(8, None, None, 2), 5.0)
+        for completion in await drain(pool):
+            assert set(sampled(completion)) <= {(7, 7), (8, 8)} and len(completion.token_ids) == 60
+
+
+@on_a_loop
+async def test_a_line_may_be_as_long_as_a_completion() -> None:
+    async with pool_of(FakeServer(tokens_per_chunk=20_000)) as pool:  # 3 MB
+        ask(pool, [0], tokens=40_000)
+        (completion,) = await drain(pool)
+        assert len(completion.token_ids) == 40_000
+
+
+@pytest.mark.parametrize("hops", range(5))
+@on_a_loop
+async def test_close_ends_keepers_that_are_just_being_woken(hops: int) -> None:
+    async with pool_of(FakeServer(), probe=60.0) as pool:
+        await pool.want(Target(0, "nothing"), 5.0)
+        await asyncio.sleep(0.1)
+        await pool.want(Target(0, "nothing"), 5.0)  # wakes them
+        for _ in range(hops):
+            await asyncio.sleep(0)
+
+
+@on_a_loop
+async def test_a_missing_route_is_named_with_its_option() -> None:
+    server = FakeServer(status=404)
+    async with pool_of(server) as pool:
+        assert "lacks --enable-scale-out" in pool.causes()
+
+
+class WeightServer(FakeServer):
+    """Holds the rounded first value of the final norm's weights."""
+
+    def load(self, path: str) -> int:
+        return round(load_file(path)["model.norm.weight"][0].item())
+
+
+@on_a_loop
+async def test_waiting_counts_from_the_last_token() -> None:
+    """A completion may take far longer than ``give_up_after``, as long as its tokens come."""
+    async with pool_of(FakeServer(token_seconds=0.05)) as pool:
+        ask(pool, [0], tokens=40)
+        done: list[Completion] = []
+        while len(pool):
+            done += await pool.take(0.1, 0.5)
+        assert len(done[0].token_ids) == 40
+
+
+@on_a_loop
+async def test_no_token_for_too_long_is_an_error_that_keeps_what_there_is() -> None:
+    async with pool_of(FakeServer(token_seconds=30.0)) as pool:
+        ask(pool, [0], tokens=40)
+        await until(lambda: len(pool.partials()[0].token_ids))
+        with pytest.raises(RuntimeError, match="no token has come from any server for 0.5 s.*1 open requests keep"):
+            while True:
+                await pool.take(0.1, 0.5)
+        assert len(pool.partials()[0].token_ids) == 1
+
+
+def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp_path: Path, monkeypatch) -> None:
+    model = make_model(tmp_path / "policy", tied=True)
+    monkeypatch.setenv("SPO_VLLM_API_KEY", "secret")
+    thread, server = LoopThread("fake"), WeightServer()
+    thread.run(server.start())
+    context = EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,))
+    folder = tmp_path / "weights"
+    engines = [VLLMServerEngine([server.url], str(folder), probe_interval_s=0.1) for _ in range(2)]
+    try:
+        engines[0].start(context)
+        for value in (7, 8):
+            torch.nn.init.constant_(model.model.norm.weight, value)
+            engines[0].update_weights(model.named_parameters(), 3)
+        assert server.loaded == [7, 8] and server.keys == {"Bearer secret"}
+        engines[0].submit([RolloutRequest(0, (2,), SamplingParams(5))])
+        (completion,) = engines[0].step() or engines[0].step()
+        assert sampled(completion) == [(8, 3)]
+        with pytest.raises(RuntimeError, match="is in use by another run; give each run a folder of its own"):
+            engines[1].start(context)
+        assert len(list(folder.glob("weights-*.safetensors"))) == 1
+        engines[0].close()
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        engines[1].start(context)
+    finally:
+        for engine in engines:
+            engine.close()
+        thread.run(server.stop())
+        thread.stop()

@@ -1,0 +1,169 @@
+"""The weight files that servers load, read back with the safetensors library; how open requests are sent and cut."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_weights import WeightFiles
+from spo_lightning.seeding import SeedStream, derive_seed
+from spo_lightning.types import RolloutRequest, SamplingParams
+
+from tiny_models import make_char_tokenizer, make_model
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request: pytest.FixtureRequest, tmp_path: Path):
+    return make_model(tmp_path / "policy", tied=request.param)
+
+
+@pytest.fixture
+def files(model, tmp_path: Path) -> Iterator[WeightFiles]:
+    files = WeightFiles(tmp_path / "weights", str(tmp_path / "policy"), None, "float32")
+    yield files
+    files.release()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_file_holds_every_parameter_in_whatever_order_it_came(model, files: WeightFiles, reverse: bool) -> None:
+    named = list(model.named_parameters())
+    path = files.write(reversed(named) if reverse else named, "3")
+    found = load_file(path)
+    assert found.keys() == dict(named).keys()
+    assert all(torch.equal(found[name], value) for name, value in named)
+    files.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    path = WeightFiles(tmp_path, str(tmp_path / "policy"), None, name).write(model.named_parameters(), "0")
+    found = load_file(path)
+    assert all(torch.equal(found[name], value.to(dtype)) for name, value in model.named_parameters())
+    with pytest.raises(ValueError, match="dtype is 'int8'; weights are written as one of float32, bfloat16"):
+        WeightFiles(tmp_path, str(tmp_path / "policy"), None, "int8")
+
+
+def test_a_tied_parameter_may_come_under_both_names_with_one_value(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "policy", tied=True)
+    files = WeightFiles(tmp_path, str(tmp_path / "policy"), None, "float32")
+    both = dict(model.named_parameters(remove_duplicate=False))
+    assert both.keys() - dict(model.named_parameters()).keys() == {"lm_head.weight"}
+    found = load_file(files.write(both.items(), "0"))
+    assert torch.equal(found["model.embed_tokens.weight"], both["lm_head.weight"])
+    both["lm_head.weight"] = both["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight, to which the model"):
+        files.write(both.items(), "1")
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_does_not_fit_is_listed_read_to_its_end_and_leaves_the_last_file(model, tmp_path, files, writes) -> None:
+    last = files.write(model.named_parameters(), "1")
+    checker = files if writes else WeightFiles(None, str(tmp_path / "policy"), None, "float32")
+    bad = dict(model.named_parameters())
+    bad["surplus"] = bad.pop("model.norm.weight")
+    bad["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3)
+    stream = iter(bad.items())
+    with pytest.raises(ValueError) as error:
+        checker.write(stream, "2")
+    assert "surplus is unknown" in str(error.value)
+    assert "model.norm.weight is missing" in str(error.value)
+    assert "model.layers.0.mlp.up_proj.weight has shape (3,), the model's is (96, 32)" in str(error.value)
+    assert next(stream, None) is None
+    assert list(last.parent.iterdir()) == [last]
+
+
+def test_files_stay_until_they_are_removed_and_a_rank_that_does_not_push_writes_none(model, files, tmp_path) -> None:
+    first = files.write(model.named_parameters(), "1")
+    second = files.write(model.named_parameters(), "2")
+    assert set(second.parent.iterdir()) == {first, second}
+    files.remove(kept={second})
+    assert list(second.parent.iterdir()) == [second]
+    assert WeightFiles(None, str(tmp_path / "policy"), None, "float32").write(model.named_parameters(), "3") is None
+
+
+def test_a_folder_is_of_one_run_at_a_time_and_freed_of_what_killed_ones_left(model, files, tmp_path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "weights-77-unfinished.safetensors").touch()
+    files.claim()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    files.write(model.named_parameters(), "1")
+    second = WeightFiles(folder, str(tmp_path / "policy"), None, "float32")
+    with pytest.raises(RuntimeError, match=f"weights_folder {folder} is in use by another run"):
+        second.claim()
+    assert len(list(folder.iterdir())) == 2
+    files.release()
+    second.claim()
+    second.release()
+
+
+def test_a_folder_without_room_for_two_files_is_refused_at_the_start(model, tmp_path: Path) -> None:
+    settings = json.loads((tmp_path / "policy" / "config.json").read_text())
+    settings["vocab_size"] = 2**40  # 32 channels of 4 bytes: 128 TiB
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(settings))
+    files = WeightFiles(tmp_path / "weights", str(tmp_path / "policy"), None, "float32")
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(RuntimeError, match="bytes free; it must have room for two files of [0-9]{15} bytes"):
+            files.claim()
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Writing beyond 20 kB fails with an OSError, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_named_read_to_the_end_and_leaves_nothing(model, files, small_files, tmp_path) -> None:
+    stream = iter(model.named_parameters())
+    with pytest.raises(
+        RuntimeError, match=f"cannot write [0-9]+ bytes of weights to weights_folder {tmp_path}/weights"
+    ):
+        files.write(stream, "2")
+    assert next(stream, None) is None
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1, 7}), 100, range(49, 51))
+
+
+def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() -> None:
+    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10, 0.7, 0.9, 5)), 11)
+    for token in (4, 5, 6):
+        assert row.append(token, -1.0, 8, FORMAT.eos_token_ids) is None
+    body = FORMAT.body(row)
+    assert body["token_ids"] == [2, 3, 4, 5, 6]
+    parameters = body["sampling_params"]
+    expected = {"max_tokens": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0, "min_p": 0.0}
+    assert {name: parameters[name] for name in expected} == expected
+    assert parameters["stop_token_ids"] == [1, 7] and parameters["ignore_eos"]
+    assert parameters["logit_bias"].keys() == {"49", "50"}
+    greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5)), 11))["sampling_params"]
+    assert (greedy["max_tokens"], greedy["top_p"], greedy["top_k"]) == (99, 1.0, 0)
+    seeds = [derive_seed(11, SeedStream.CONTINUATION, sampled) for sampled in (3, 0)]
+    assert [parameters["seed"], greedy["seed"]] == seeds and seeds[0] != seeds[1]
+
+
+def test_a_cut_request_has_the_leading_tokens_and_goes_on_from_them() -> None:
+    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10)), 11)
+    for token, version in ((4, 1), (5, 1), (6, 2)):
+        row.append(token, -float(token), version, FORMAT.eos_token_ids)
+    cut = FORMAT.cut(row, 2)
+    completion = cut.completion("aborted")
+    assert completion.token_ids.tolist() == [4, 5] and completion.sampling_logprobs.tolist() == [-4, -5]
+    assert completion.policy_versions.tolist() == [1, 1]
+    assert (cut.room, cut.seed, cut.prefix) == (8, 11, [2, 3, 4, 5])
+    assert FORMAT.cut(row, 0).prefix == [2, 3]
