@@ -109,7 +109,7 @@ def draw(iteration: int, count: int, copies: int, size: int, generator: torch.Ge
         token_ids = tuple(torch.randint(4, 20, (PROMPT_TOKENS,), generator=generator).tolist())
         index = iteration * 100_000 + number
         prompts += [Prompt(index, str(index), "", token_ids, "")] * copies
-    return PromptBatch(iteration, size, tuple(prompts), torch.zeros(len(prompts), dtype=torch.float64), {})
+    return PromptBatch(iteration, size, copies, tuple(prompts), torch.zeros(len(prompts), dtype=torch.float64), {})
 
 
 def fill_batches(engine: RolloutEngine, row: Row, size: int, batches: int, warm_up: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ class ModelSize:
         unit: of the largest decoder layer, what FSDP gathers at a time.
         root: outside of the decoder layers: embedding, head and last norm.
         num_units: decoder layers.
+        largest: of the largest parameter.
     """
 
     total: int
@@ -28,6 +29,7 @@ class ModelSize:
     unit: int
     root: int
     num_units: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,23 @@ class MicroBatchMemory:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of ``TransformersEngine`` on one device.
+    """Bytes of an engine on one device while it is awake; it has none there while it sleeps.
 
     Attributes:
         weights: its copy of the policy.
-        cache: keys and values of the running rows.
+        cache: keys and values of the running requests.
         work: on top of both, at most, in a prefill or a decoding step.
+        host: its weights in the host's memory while it sleeps.
+        ready_at_push: its cache is there already while new weights come in.
+        problem: why it cannot work with that.
     """
 
-    weights: int
-    cache: int
-    work: int
+    weights: float
+    cache: float
+    work: float
+    host: float = 0
+    ready_at_push: bool = False
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,9 +128,11 @@ class Plan:
 
     Attributes:
         rows: the uses.
+        problem: why it would not work, whatever the total.
     """
 
     rows: tuple[Row, ...]
+    problem: str | None = None
 
     def total(self, phase: str) -> float:
         """Bytes of a phase, one of ``PHASES``."""
@@ -174,17 +184,28 @@ def make_plan(
         rows.append(Row("gradient buckets", *[gradients] * 3))
     if layout.sharded:
         rows += _gathered(model, layout, compute_bytes, micro_batch)
-    return Plan(
-        (
-            *rows,
-            Row("activations", 0, micro_batch.activations, 0),
-            Row("head or backward", 0, max(micro_batch.head, micro_batch.backward), 0),
-            Row("engine weights", *[engine.weights] * 3),
-            Row("engine cache", engine.cache, 0, 0),
-            Row("engine work", engine.work, 0, 0),
-            Row("CUDA, NCCL (allowance)", *[ALLOWANCE] * 3),
-        )
-    )
+    rows += [
+        Row("activations", 0, micro_batch.activations, 0),
+        Row("head or backward", 0, max(micro_batch.head, micro_batch.backward), 0),
+        *_engine_rows(model, layout, master_bytes, engine),
+        Row("CUDA, NCCL (allowance)", *[ALLOWANCE] * 3),
+    ]
+    return Plan(tuple(rows), engine.problem)
+
+
+def _engine_rows(model: ModelSize, layout: Layout, master_bytes: int, engine: EngineMemory) -> list[Row]:
+    """What there is of an engine, in the phase in which it is awake.
+
+    For a push FSDP gathers a unit, as it is held, and copies a parameter of it.
+    """
+    pushed = master_bytes * (max(model.root, model.unit) + model.largest)
+    uses = {
+        "engine weights": engine.weights,
+        "engine cache": engine.cache,
+        "engine work": engine.work,
+        "weights on their way": pushed if layout.sharded and engine.ready_at_push else 0,
+    }
+    return [Row(name, size, 0, 0) for name, size in uses.items() if size]
 
 
 def _gathered(model: ModelSize, layout: Layout, compute_bytes: int, micro_batch: MicroBatchMemory) -> list[Row]:
@@ -216,6 +237,8 @@ def render(plan: Plan, gpu_bytes: float) -> str:
 
 def verdict(plan: Plan, gpu_bytes: float) -> str:
     """Whether the plan fits a device."""
+    if plan.problem is not None:
+        return f"does not fit: {plan.problem}"
     peak = f"{plan.peak / GIB:.1f} of {gpu_bytes / GIB:g} GiB"
     if plan.peak > gpu_bytes:
         return f"does not fit: {peak}"

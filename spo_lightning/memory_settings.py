@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.memory_engines import EngineLoad, engine_load, import_path
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_plan import Layout
-from spo_lightning.rollouts.transformers_engine import TransformersEngine
 
 # trainer.precision: the dtype that parameters are converted to, and whether autocast computes in bfloat16
 _PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {
@@ -51,16 +50,6 @@ class PolicySource:
 
 
 @dataclass(frozen=True)
-class EngineLoad:
-    """What the engine is asked for at worst: ``rows`` sequences of ``width`` tokens, their prompts included."""
-
-    rows: int
-    width: int
-    prompt_width: int
-    max_prefill_tokens: int
-
-
-@dataclass(frozen=True)
 class Settings:
     """What of a configuration decides its memory.
 
@@ -73,9 +62,8 @@ class Settings:
         optimizer: makes the optimizer.
         micro_batch_tokens: bound on a micro-batch.
         longest: tokens of the longest training sequence, prompt included.
-        engine_policy: the engine's model.
-        engine_dtype: of its parameters.
-        engine_load: of its rollouts.
+        engine_dtype: of the engine's parameters, unless it has its own.
+        engine_load: what the engine is asked for.
     """
 
     policy: PolicySource
@@ -86,7 +74,6 @@ class Settings:
     optimizer: Callable[..., torch.optim.Optimizer]
     micro_batch_tokens: int
     longest: int
-    engine_policy: PolicySource
     engine_dtype: torch.dtype
     engine_load: EngineLoad
 
@@ -106,19 +93,17 @@ class Settings:
         policy = PolicySource(
             model.policy.path, model.policy.revision, model.policy.attn_implementation, _adapters(model.policy.lora)
         )
-        engine = _engine(model.engine)
         return cls(
             policy=policy,
             checkpointing=model.policy.gradient_checkpointing or strategy_checkpoints,
             layout=layout,
             master_dtype=converted or dtype,
             mixed=mixed,
-            optimizer=partial(_import(model.optimizer.class_path), **model.optimizer.init_args),
+            optimizer=partial(import_path(model.optimizer.class_path), **model.optimizer.init_args),
             micro_batch_tokens=model.micro_batch_tokens,
             longest=data.max_prompt_tokens + model.sampling.max_tokens,
-            engine_policy=replace(policy, attn_implementation=engine.attn_implementation, lora=None),
-            engine_dtype=dtype,
-            engine_load=_engine_load(engine, model, data, layout.devices),
+            engine_dtype=torch.bfloat16 if mixed else converted or dtype,
+            engine_load=engine_load(model, data, layout.devices),
         )
 
     @property
@@ -137,28 +122,3 @@ def _adapters(value: Namespace | None) -> Adapters | None:
         return None
     targets = value.target_modules
     return Adapters(value.rank, None if targets == "all-linear" else tuple(targets))
-
-
-def _engine(value: Namespace | None) -> TransformersEngine:
-    """The engine of a configuration; making one loads nothing."""
-    if value is None:
-        return TransformersEngine()
-    cls = _import(value.class_path)
-    if cls is not TransformersEngine:
-        raise ConfigError(f"model.engine is {cls.__name__}; the planner knows TransformersEngine only")
-    return TransformersEngine(**value.init_args)
-
-
-def _engine_load(engine: TransformersEngine, model: Namespace, data: Namespace, devices: int) -> EngineLoad:
-    """The largest of training and benchmark rollouts, if every row grows to its limit."""
-    prompt = data.max_prompt_tokens
-    loads = [(min(engine.max_batch_size, -(-data.batch_size // devices)), prompt + model.sampling.max_tokens)]
-    if data.benchmarks:
-        loads.append((engine.max_batch_size, prompt + model.eval_sampling.max_tokens))
-    rows, width = max(loads, key=lambda load: load[0] * load[1])
-    return EngineLoad(rows, width, prompt, engine.max_prefill_tokens)
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)

@@ -120,7 +120,8 @@ class FakePolicy:
         total = _count(self.model)
         units = [_count(layer) for layer in decoder_layers(self.model)]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return ModelSize(total, trained, unit=max(units), root=total - sum(units), num_units=len(units))
+        largest = max(p.numel() for p in self.model.parameters())
+        return ModelSize(total, trained, max(units), total - sum(units), len(units), largest)
 
     def micro_batch(
         self, rows: int, width: int, padded: bool, autocast: Callable[[], AbstractContextManager[Any]]
@@ -178,8 +179,7 @@ class FakePolicy:
             prefill = _peak(
                 model, torch.zeros(together, prompt_width, dtype=torch.int64), DynamicCache(config=model.config)
             )
-            sample = DynamicCache(config=model.config)
-            model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=sample, logits_to_keep=1)
+            sample = self._cache_of_one_token()
             for layer in sample.layers:  # views of one token: the rows as the engine appends them, without their memory
                 layer.keys, layer.values = (x.expand(rows, -1, width, -1) for x in (layer.keys, layer.values))
             with LiveBytes() as memory:
@@ -187,7 +187,19 @@ class FakePolicy:
                 cache.append(sample, rows)
                 held = memory.live
             decode = _peak(model, torch.zeros(rows, 1, dtype=torch.int64), cache, width)
-        return EngineMemory(weights, held, max(prefill, decode))
+        return EngineMemory(weights, held, max(prefill, decode), host=weights)
+
+    @torch.no_grad()
+    def token_bytes(self, ranks: int) -> int:
+        """Bytes of the keys and values of a token on one device, where devices split the heads between them."""
+        with self._mode:
+            layers = self._cache_of_one_token().layers
+        return sum(x[:, : -(-x.shape[1] // ranks)].numel() * x.itemsize for y in layers for x in (y.keys, y.values))
+
+    def _cache_of_one_token(self) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model.eval()(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, logits_to_keep=1)
+        return cache
 
 
 def _replace_tensors(model: nn.Module) -> None:

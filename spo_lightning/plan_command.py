@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from spo_lightning.cli import SPOCLI
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings
+from spo_lightning.memory_engines import TransformersLoad, VLLMLoad, requests_at_once, vllm_memory
 from spo_lightning.memory_plan import (
     COMFORT,
     GIB,
@@ -29,7 +30,7 @@ from spo_lightning.memory_plan import (
     render,
     verdict,
 )
-from spo_lightning.memory_settings import EngineLoad, PolicySource, Settings
+from spo_lightning.memory_settings import PolicySource, Settings
 from spo_lightning.memory_trace import FakePolicy, measure_optimizer
 from spo_lightning.policy import tells_packed_sequences_apart
 
@@ -56,13 +57,16 @@ class PlanCLI(SPOCLI):
         """Nothing was instantiated."""
 
 
-def plan(settings: Settings) -> Plan:
+def plan(settings: Settings, gpu_bytes: float) -> Plan:
     """Count, trace and add up what each device needs.
+
+    Args:
+        settings: what decides it.
+        gpu_bytes: memory of a device, a share of which vLLM fills.
 
     Raises:
         ConfigError: the model's configuration cannot be read, or a sequence does not fit in a micro-batch.
     """
-    load = settings.engine_load
     return make_plan(
         _size(settings.policy),
         settings.layout,
@@ -71,13 +75,13 @@ def plan(settings: Settings) -> Plan:
         settings.compute_dtype.itemsize,
         measure_optimizer(settings.optimizer, settings.trained_dtype),
         _largest_micro_batch(settings),
-        _engine_memory(settings.engine_policy, settings.engine_dtype, load),
+        _engine_memory(settings, gpu_bytes),
     )
 
 
 def report(settings: Settings, gpu_bytes: float) -> str:
     """The plan, whether it fits, and what would help if it does not."""
-    planned, layout = plan(settings), settings.layout
+    planned, layout = plan(settings, gpu_bytes), settings.layout
     size = _size(settings.policy)
     shards = f", parameters sharded over {layout.shards}" if layout.sharded else ""
     lines = [
@@ -86,9 +90,10 @@ def report(settings: Settings, gpu_bytes: float) -> str:
         "",
         render(planned, gpu_bytes),
         "",
+        *_engine_notes(settings, gpu_bytes),
         verdict(planned, gpu_bytes),
     ]
-    remedies = _remedies(settings, planned, gpu_bytes) if planned.peak > gpu_bytes else []
+    remedies = _remedies(settings, planned, gpu_bytes) if planned.problem or planned.peak > gpu_bytes else []
     if remedies:
         lines += ["each of these alone would bring it to:", *remedies]
     return "\n".join(lines)
@@ -96,13 +101,17 @@ def report(settings: Settings, gpu_bytes: float) -> str:
 
 def _remedies(settings: Settings, planned: Plan, gpu_bytes: float) -> list[str]:
     """What can be changed, the most helpful first, with the GiB that would then be needed."""
-    peaks = {text: plan(changed).peak for text, changed in _changes(settings, planned, gpu_bytes).items()}
-    helpful = sorted((peak, text) for text, peak in peaks.items() if peak < planned.peak)
+    plans = {text: plan(changed, gpu_bytes) for text, changed in _changes(settings, planned, gpu_bytes).items()}
+    helpful = sorted(
+        (changed.peak, text)
+        for text, changed in plans.items()
+        if not changed.problem and (planned.problem or changed.peak < planned.peak)
+    )
     return [f"  {peak / GIB:7.1f} GiB  {text}" for peak, text in helpful]
 
 
 def _changes(settings: Settings, planned: Plan, gpu_bytes: float) -> dict[str, Settings]:
-    layout, load = settings.layout, settings.engine_load
+    layout = settings.layout
     changes: dict[str, Settings] = {}
     if not settings.checkpointing:
         changes["model.policy.gradient_checkpointing: true"] = replace(settings, checkpointing=True)
@@ -126,13 +135,31 @@ def _changes(settings: Settings, planned: Plan, gpu_bytes: float) -> dict[str, S
     if layout.sharded and not layout.offloaded:
         offloaded = replace(layout, offloaded=True)
         changes["trainer.strategy cpu_offload: true"] = replace(settings, layout=offloaded)
-    rollout = planned["engine cache"].rollout + planned["engine work"].rollout
-    rows = int((COMFORT * gpu_bytes - planned.total("rollout") + rollout) / (rollout / load.rows))
-    rows = rows if 1 <= rows < load.rows else 1
-    if rows < load.rows:
-        fewer = replace(settings, engine_load=replace(load, rows=rows))
-        changes[f"model.engine max_batch_size: {rows}"] = fewer
-    return changes
+    return changes | {
+        f"model.engine {text}": replace(settings, engine_load=load)
+        for text, load in _engine_changes(settings, planned, gpu_bytes)
+    }
+
+
+def _engine_changes(
+    settings: Settings, planned: Plan, gpu_bytes: float
+) -> Iterator[tuple[str, TransformersLoad | VLLMLoad]]:
+    """Other settings of the engine, with which a rollout leaves a tenth of the device free."""
+    load, now = settings.engine_load, _engine_memory(settings, gpu_bytes)
+    room = COMFORT * gpu_bytes - planned.total("rollout") + now.weights + now.cache + now.work
+    if isinstance(load, TransformersLoad):
+        rows = int((room - now.weights) / ((now.cache + now.work) / load.rows))
+        rows = rows if 1 <= rows < load.rows else 1
+        if rows < load.rows:
+            yield f"max_batch_size: {rows}", replace(load, rows=rows)
+    if isinstance(load, VLLMLoad):
+        share, cache_bytes = int(100 * room / gpu_bytes) / 100, int(room - now.weights)
+        if load.cache_bytes is not None and cache_bytes > 0:
+            yield f"kv_cache_memory_bytes: {cache_bytes}", replace(load, cache_bytes=cache_bytes)
+        if load.cache_bytes is None and share > 0:
+            yield f"gpu_memory_utilization: {share:g}", replace(load, share=share)
+        if settings.layout.devices % (2 * load.ranks) == 0:
+            yield f"tensor_parallel_size: {2 * load.ranks}", replace(load, ranks=2 * load.ranks)
 
 
 @cache
@@ -177,11 +204,46 @@ def _micro_batch(
     return _fake(source, dtype, checkpointing).micro_batch(rows, width, padded, autocast)
 
 
+def _engine_memory(settings: Settings, gpu_bytes: float) -> EngineMemory:
+    load = settings.engine_load
+    if isinstance(load, TransformersLoad):
+        return _transformers_memory(settings.policy, settings.engine_dtype, load)
+    if isinstance(load, VLLMLoad):
+        weights = _size(replace(settings.policy, lora=None)).total * (load.dtype or settings.engine_dtype).itemsize
+        return vllm_memory(load, weights, *_token_bytes_and_limit(settings, load), gpu_bytes)
+    return EngineMemory(0, 0, 0)
+
+
+def _engine_notes(settings: Settings, gpu_bytes: float) -> list[str]:
+    """What the table does not say of the engine."""
+    load, memory = settings.engine_load, _engine_memory(settings, gpu_bytes)
+    notes = []
+    if isinstance(load, VLLMLoad) and memory.problem is None:
+        notes.append(requests_at_once(load, memory.cache, *_token_bytes_and_limit(settings, load)))
+    if memory.host:
+        notes.append(f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory")
+    return notes
+
+
+def _token_bytes_and_limit(settings: Settings, load: VLLMLoad) -> tuple[int, int]:
+    source = replace(settings.policy, lora=None)
+    return _token_bytes(source, load.dtype or settings.engine_dtype, load.ranks), _length_limit(source)
+
+
+def _length_limit(source: PolicySource) -> int:
+    return _architecture(source.path, source.revision).max_position_embeddings
+
+
 @cache
-def _engine_memory(source: PolicySource, dtype: torch.dtype, load: EngineLoad) -> EngineMemory:
-    limit = _architecture(source.path, source.revision).max_position_embeddings
-    width = min(load.width, limit)
-    return _fake(source, dtype).engine(load.rows, width, min(load.prompt_width, width), load.max_prefill_tokens)
+def _token_bytes(source: PolicySource, dtype: torch.dtype, ranks: int) -> int:
+    return _fake(source, dtype).token_bytes(ranks)
+
+
+@cache
+def _transformers_memory(source: PolicySource, dtype: torch.dtype, load: TransformersLoad) -> EngineMemory:
+    width = min(load.width, _length_limit(source))
+    model = _fake(replace(source, attn_implementation=load.attn_implementation, lora=None), dtype)
+    return model.engine(load.rows, width, min(load.prompt_width, width), load.max_prefill_tokens)
 
 
 def run() -> None:

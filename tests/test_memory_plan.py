@@ -1,6 +1,8 @@
 """The memory planner against numbers worked out by hand, and against what real passes allocate."""
 
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ from spo_lightning import plan_command
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings
+from spo_lightning.memory_engines import VLLMLoad, requests_at_once, vllm_memory
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_plan import (
     ALLOWANCE,
@@ -27,11 +30,12 @@ from spo_lightning.memory_plan import (
 )
 from spo_lightning.memory_trace import FakePolicy, LiveBytes, measure_optimizer
 from spo_lightning.rollouts.kv_cache import RowCache
+from spo_lightning.rollouts.transformers_engine import TransformersEngine
 
 from tiny_models import make_char_tokenizer, make_model
 
 GIB = 2**30
-SIZE = ModelSize(total=1000, trained=1000, unit=300, root=100, num_units=3)
+SIZE = ModelSize(total=1000, trained=1000, unit=300, root=100, num_units=3, largest=90)
 ADAMW = OptimizerMemory(state=8, step=4)
 NO_BATCH = MicroBatchMemory(0, 0, 0)
 NO_ENGINE = EngineMemory(0, 0, 0)
@@ -67,26 +71,26 @@ def test_root_and_two_layers_are_gathered_or_everything_is_kept(keeps, compute_b
 
 
 def test_a_model_of_one_layer_gathers_no_more_than_itself():
-    size = ModelSize(total=400, trained=400, unit=300, root=100, num_units=1)
+    size = ModelSize(total=400, trained=400, unit=300, root=100, num_units=1, largest=90)
     assert plan_of(Layout("fsdp", 8, sharded=True, shards=8), size)["gathered units"].update == 2 * 400
 
 
 def test_gradients_of_gathered_units_wait_in_bfloat16_and_are_reduced_in_float32():
     layout = Layout("fsdp", 8, sharded=True, shards=8)
     assert plan_of(layout)["their gradients"].update == 2 * 100 + 2 * 300 * (2 + 4)
-    half_trained = ModelSize(total=1000, trained=500, unit=300, root=100, num_units=3)
+    half_trained = ModelSize(total=1000, trained=500, unit=300, root=100, num_units=3, largest=90)
     assert plan_of(layout, half_trained)["their gradients"].update == 1900
 
 
 def test_frozen_parameters_have_neither_gradient_nor_state_and_may_be_smaller():
-    size = ModelSize(total=1000, trained=10, unit=300, root=100, num_units=3)
+    size = ModelSize(total=1000, trained=10, unit=300, root=100, num_units=3, largest=90)
     plan = make_plan(size, Layout("single"), 2, 4, 2, ADAMW, NO_BATCH, NO_ENGINE)
     assert states(plan) == [990 * 2 + 10 * 4, 40, 80, 40]
 
 
 def test_a_large_root_is_reduced_when_the_activations_are_gone():
     layout = Layout("fsdp", 8, sharded=True, shards=8)
-    size = ModelSize(total=20_000, trained=20_000, unit=100, root=19_000, num_units=10)
+    size = ModelSize(total=20_000, trained=20_000, unit=100, root=19_000, num_units=10, largest=90)
     batch = MicroBatchMemory(activations=5_000, head=1_000, backward=2_000)
     plan = plan_of(layout, size, micro_batch=batch)
     after_backward = plan["their gradients"].update + plan["activations"].update + plan["head or backward"].update
@@ -102,13 +106,27 @@ def test_phases_add_up_what_is_there_at_the_same_time():
     batch, engine = MicroBatchMemory(activations=70, head=9, backward=5), EngineMemory(weights=11, cache=23, work=3)
     plan = plan_of(Layout("single"), micro_batch=batch, engine=engine)
     assert plan.total("rollout") == 4000 + 8000 + 11 + 23 + 3 + ALLOWANCE
-    assert plan.total("update") == 16_000 + 70 + 9 + 11 + ALLOWANCE
-    assert plan.total("step") == 20_000 + 11 + ALLOWANCE
+    assert plan.total("update") == 16_000 + 70 + 9 + ALLOWANCE  # the engine sleeps
+    assert plan.total("step") == 20_000 + ALLOWANCE
     assert plan.peak == plan.total("step")
 
 
+def test_fsdp_gathers_a_unit_and_copies_a_parameter_for_a_push_while_vllm_is_awake():
+    layout = Layout("fsdp", 8, sharded=True, shards=8)
+    awake = EngineMemory(11, 23, 0, ready_at_push=True)
+    plan = plan_of(layout, engine=awake)
+    assert plan["weights on their way"].rollout == 4 * (300 + 90)
+    assert plan.total("rollout") == 500 + 1000 + 11 + 23 + 1560 + ALLOWANCE
+    rows = [row.name for other in (plan_of(Layout("ddp", 8), engine=awake), plan_of(layout)) for row in other.rows]
+    assert "weights on their way" not in rows
+
+
+def test_an_engine_on_other_devices_has_no_rows():
+    assert not [row.name for row in plan_of(Layout("single")).rows if "engine" in row.name]
+
+
 def test_table_and_verdict():
-    plan = plan_of(Layout("single"), ModelSize(GIB, GIB, GIB, 0, 1))
+    plan = plan_of(Layout("single"), ModelSize(GIB, GIB, GIB, 0, 1, GIB))
     table = render(plan, 80 * GIB)
     assert table.splitlines()[1].split() == ["parameters", "4.00", "4.00", "4.00"]
     assert table.splitlines()[2].split() == ["gradients", "-", "4.00", "4.00"]
@@ -120,6 +138,59 @@ def test_table_and_verdict():
         "tight",
         "fits",
     ]
+
+
+# vLLM
+
+
+def vllm_load(**changes):
+    load = VLLMLoad(0.5, None, 1, None, True, max_tokens=100, rows=8, longest=(("training", 60), ("benchmark", 100)))
+    return replace(load, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, EngineMemory(2000, 3000, 0, host=2000, ready_at_push=True)),
+        ({"ranks": 2}, EngineMemory(1000, 4000, 0, host=1000, ready_at_push=True)),
+        ({"keeps_weights": False}, EngineMemory(2000, 3000, 0, host=0, ready_at_push=True)),
+        ({"cache_bytes": 9000}, EngineMemory(2000, 9000, 0, host=2000, ready_at_push=True)),
+        ({"share": 0.3, "max_tokens": 50}, EngineMemory(2000, 1000, 0, host=2000, ready_at_push=True)),
+    ],
+)
+def test_vllm_fills_its_share_and_its_cache_is_what_weights_leave(changes, expected):
+    assert vllm_memory(vllm_load(**changes), weights=2000, token_bytes=20, max_tokens=500, gpu_bytes=10_000) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "problem"),
+    [
+        ({"share": 0.1}, 500, "gpu_memory_utilization 0.1, is 1.0 GiB, and its weights alone take 2.0"),
+        ({"share": 0.21}, 500, "the engine's cache is 0.1 GiB, and a single request of 100 tokens takes 1.0"),
+        ({"cache_bytes": GIB // 2}, 500, "the engine's cache is 0.5 GiB, and a single request of 100 tokens takes 1.0"),
+        ({"cache_bytes": GIB // 2}, 50, None),
+    ],
+)
+def test_vllm_needs_room_for_its_weights_and_one_longest_request(changes, limit, problem):
+    memory = vllm_memory(vllm_load(**changes), 2 * GIB, GIB / 100, limit, 10 * GIB)
+    if problem is None:
+        assert memory.problem is None
+    else:
+        assert problem in memory.problem
+        assert verdict(plan_of(Layout("single"), engine=memory), 80 * GIB) == f"does not fit: {memory.problem}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "expected"),
+    [
+        ({}, 500, "310 tokens: 5 training requests of 60, or 3 benchmark requests of 100, at once"),
+        ({"rows": 4}, 80, "310 tokens: 4 training requests of 60, or 3 benchmark requests of 80, at once"),
+        ({"max_tokens": 50}, 500, "310 tokens: 6 training requests of 50, or 6 benchmark requests of 50, at once"),
+    ],
+)
+def test_requests_that_a_cache_holds(changes, limit, expected):
+    said = requests_at_once(vllm_load(**changes), cache=6215, token_bytes=20, max_tokens=limit)
+    assert said == f"vLLM's cache holds at most {expected}"
 
 
 # Optimizers
@@ -297,6 +368,7 @@ def test_tied_embeddings_count_once():
     untied = FakePolicy(small_qwen3(), torch.float32).size()
     assert (untied.total - size.total, untied.root - size.root) == (211 * 64, 211 * 64)
     assert size.root == 211 * 64 + 64
+    assert size.largest == 211 * 64
     assert size.total == size.root + 3 * size.unit
 
 
@@ -315,6 +387,13 @@ def test_engine_holds_weights_and_a_cache_that_grows_by_quarters():
     engine = FakePolicy(config, torch.float32).engine(rows=5, width=400, prompt_width=100, max_prefill_tokens=200)
     assert engine.weights == 4 * sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
     assert engine.cache == 5 * (400 + 100) * 3 * 2 * (2 * 16) * 4
+    assert engine.host == engine.weights
+
+
+@pytest.mark.parametrize(("dtype", "ranks", "expected"), [(4, 1, 2), (2, 1, 2), (2, 2, 1), (2, 4, 1)])
+def test_keys_and_values_of_a_token_are_split_by_heads(dtype, ranks, expected):
+    model = FakePolicy(small_qwen3(), {4: torch.float32, 2: torch.bfloat16}[dtype])
+    assert model.token_bytes(ranks) == 3 * 2 * (expected * 16) * dtype
 
 
 @torch.inference_mode()
@@ -449,11 +528,97 @@ def test_the_command_knows_adapters(spo_plan):
 
 def test_training_rollouts_are_shared_and_benchmarks_are_as_long_as_the_model_allows(spo_plan, monkeypatch):
     loads = []
-    monkeypatch.setattr(plan_command, "_engine_memory", lambda *given: loads.append(given[-1]) or NO_ENGINE)
+    monkeypatch.setattr(plan_command, "report", lambda settings, gpu_bytes: loads.append(settings.engine_load))
     spo_plan()
+    spo_plan("--data.oversampling=1.1")
     benchmark = "--data.benchmarks={x: {source: {path: y.jsonl}}}"
     spo_plan(benchmark, "--model.eval_sampling.max_tokens=200")
-    assert [(load.rows, load.width, load.prompt_width) for load in loads] == [(8, 128, 28), (16, 228, 28)]
+    widths = [(load.rows, load.width, load.prompt_width) for load in loads]
+    assert widths == [(8, 128, 28), (9, 128, 28), (16, 228, 28)]
+
+
+class UnknownEngine(TransformersEngine):
+    """Not one of the planner's, though it is derived from one."""
+
+
+VLLM = "--model.engine=spo_lightning.rollouts.vllm_engine.VLLMEngine"
+SERVER = "--model.engine=spo_lightning.rollouts.vllm_server.VLLMServerEngine"
+
+
+def rollout_of(output):
+    """GiB in the column of rollouts, by row."""
+    lines = [line.rsplit(maxsplit=3) for line in output.splitlines() if line.endswith("-")]
+    return {name.strip(): float(rollout) for name, rollout, *_ in lines if rollout != "-"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "itemsize", "ranks"),
+    [
+        ([], 4, 1),
+        (["--trainer.precision=bf16-mixed"], 2, 1),
+        (["--model.engine.dtype=float16"], 2, 1),
+        (["--model.engine.tensor_parallel_size=2"], 4, 2),
+        (["--model.policy.lora.rank=2"], 4, 1),  # vLLM gets merged weights
+    ],
+)
+def test_vllm_s_rows_are_weights_and_the_rest_of_its_share(spo_plan, arguments, itemsize, ranks):
+    output = spo_plan(VLLM, "--model.engine.gpu_memory_utilization=0.25", "--model.engine.sleep_level=2", *arguments)
+    assert rollout_of(output)["engine cache"] == 20  # a quarter of 80; weights and steps are below 0.01
+    weights = itemsize * sum(p.numel() for p in make_model().parameters()) / ranks
+    tokens = int((20 * GIB - weights) / (2 * 2 * 16 / ranks * itemsize))  # 2 layers, keys and values of 2 heads of 8
+    assert f"at most {tokens:,} tokens: 128 training requests of 128, at once" in output
+    assert "host memory" not in output
+    assert "fits: 22.0 of 80 GiB" in output
+
+
+def test_vllm_s_settings_are_read(spo_plan, monkeypatch):
+    loads = []
+    monkeypatch.setattr(plan_command, "report", lambda settings, gpu_bytes: loads.append(settings.engine_load))
+    engine = {
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 5000,
+        "tensor_parallel_size": 2,
+        "dtype": "float16",
+        "sleep_level": 2,
+        "max_model_len": 77,
+        "max_num_seqs": 9,
+    }
+    benchmark = "--data.benchmarks={x: {source: {path: y.jsonl}}}"
+    spo_plan(VLLM, benchmark, *(f"--model.engine.{name}={value}" for name, value in engine.items()))
+    longest = (("training", 128), ("benchmark", 28 + 32_768))
+    assert loads[0] == VLLMLoad(0.3, 5000, 2, torch.float16, False, 77, 9, longest)
+    spo_plan(VLLM, "--model.eval_sampling.max_tokens=20")
+    assert loads[1] == VLLMLoad(0.5, None, 1, None, True, 128, 128, (("training", 128),))
+
+
+def test_a_server_takes_nothing_of_the_trainer_s_devices(spo_plan):
+    output = spo_plan(SERVER, "--model.engine.urls=[http://x]", "--model.engine.weights_folder=/nowhere")
+    assert "engine" not in output
+    assert "fits: 2.0 of 80 GiB" in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        # 0.9 * 8 - 2 of allowance is 5.2 GiB, 0.65 of the device, but for less than a MiB of the trainer's
+        ("gpu_memory_utilization=0.99", r"   7\.1 GiB  model.engine gpu_memory_utilization: 0\.64"),
+        ("kv_cache_memory_bytes=7500000000", r"   7\.2 GiB  model.engine kv_cache_memory_bytes: 5582\d{6}"),
+    ],
+)
+def test_remedies_of_vllm_leave_a_tenth_of_the_device(spo_plan, argument, expected):
+    verdict, remedies = spo_plan(VLLM, "--gpu_gb=8", f"--model.engine.{argument}").split("bring it to:\n")
+    assert "does not fit" in verdict
+    assert re.search(expected, remedies)
+
+
+def test_more_ranks_or_a_larger_share_help_weights_that_do_not_fit(spo_plan):
+    parameters = 4 * sum(p.numel() for p in make_model().parameters())
+    share = 0.75 * parameters / (8 * GIB)
+    engine = [f"--model.engine.gpu_memory_utilization={share:.9f}", "--model.engine.max_model_len=16"]
+    output = spo_plan(VLLM, "--gpu_gb=8", *engine)
+    assert "and its weights alone take 0.0" in output
+    texts = [line.split("model.engine ")[1] for line in output.split("bring it to:\n")[1].splitlines()]
+    assert texts == ["tensor_parallel_size: 2", "gpu_memory_utilization: 0.64"]
 
 
 def test_the_largest_micro_batch_is_padded_unless_sequences_are_packed(spo_plan, monkeypatch):
@@ -489,7 +654,7 @@ def test_remedies_are_what_a_plan_with_them_needs(spo_plan, monkeypatch):
     monkeypatch.setattr(plan_command, "report", lambda settings, gpu_bytes: seen.append(settings))
     spo_plan("--trainer.strategy=fsdp", "--model.micro_batch_tokens=4096")
     settings = seen[0]
-    planned = plan_command.plan(settings)
+    planned = plan_command.plan(settings, 80 * GIB)
     changes = plan_command._changes(settings, planned, planned.total("rollout") * 0.999)
     texts = list(changes)
     assert texts[:4] == [
@@ -520,6 +685,13 @@ def test_a_run_that_does_not_fit_is_told_what_helps_most(spo_plan):
         (["--trainer.strategy=deepspeed"], "the planner knows FSDP2Strategy"),
         (["--model.micro_batch_tokens=100"], "is 128, more than micro_batch_tokens=100"),
         (["--model.policy.path=/nowhere"], "model.policy.path /nowhere"),
+        ([VLLM, "--model.engine.tensor_parallel_size=3"], "it must divide the number of devices, 4"),
+        ([VLLM, "--model.engine.engine_args={block_size: 32}"], "engine_args holds block_size, and the planner"),
+        ([VLLM, "--model.engine.dtype=auto"], "model.engine.dtype is auto; the planner knows those of torch"),
+        (
+            ["--model.engine=test_memory_plan.UnknownEngine"],
+            "is UnknownEngine; the planner knows TransformersEngine, V",
+        ),
     ],
 )
 def test_the_command_ends_with_a_message(spo_plan, capsys, arguments, message):

@@ -8,7 +8,7 @@ import torch
 
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_settings import Settings
-from spo_lightning.plan_command import PlanCLI, plan
+from spo_lightning.plan_command import PlanCLI, plan, report
 from spo_lightning.policy import PolicyConfig, decoder_layers, load_policy
 
 from tiny_models import make_char_tokenizer
@@ -50,10 +50,11 @@ def qwen3_8b(tmp_path_factory):
 def parse(qwen3_8b, monkeypatch):
     """Parses the shipped configuration under some overlays."""
 
-    def parse(*overlays, devices=8):
+    def parse(*overlays, devices=8, file=None):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr("sys.argv", ["spo"])
         files = [f"--config=configs/{name}.yaml" for name in ("qwen3_8b", *overlays)]
+        files += [f"--config={file}"] if file else []
         return PlanCLI([*files, f"--trainer.devices={devices}", f"--model.policy.path={qwen3_8b}"]).config
 
     return parse
@@ -118,16 +119,56 @@ def test_the_model_is_cut_into_36_layers_and_a_root(qwen3_8b):
     assert sum(p.numel() for p in parameters if p not in in_layers) == ROOT_UNIT
 
 
-def test_sharded_over_8_it_fits_80_gib(parse):
-    config = parse("strategy/fsdp")
-    planned = plan(Settings.from_config(config))
+CACHED_TOKEN = 36 * 2 * (8 * 128) * 2  # keys and values of 36 layers, 8 heads of 128, bfloat16
+
+
+@pytest.mark.parametrize("overlay", ["fsdp", "fsdp2"])
+def test_sharded_over_8_it_fits_80_gib(parse, overlay):
+    planned = plan(Settings.from_config(parse(f"strategy/{overlay}")), 80 * GIB)
     per_device = PARAMETERS / 8
     assert planned["parameters"].update == planned["gradients"].update == 4 * per_device
     assert planned["optimizer state"].update == pytest.approx(8 * per_device, rel=1e-4)
     assert planned["gathered units"].update == 2 * (ROOT_UNIT + 2 * LAYER)
-    assert planned["engine weights"].rollout == 4 * PARAMETERS
-    rows, width = 2, 2048 + 32_768
-    assert planned["engine cache"].rollout == rows * width * 5 / 4 * 36 * 2 * (8 * 128) * 4
     hidden_states = 18_432 * 4096 * 2
     assert planned["activations"].update == pytest.approx(36 * hidden_states, rel=0.2)
+    assert planned["engine weights"].rollout == 2 * PARAMETERS  # bfloat16, as autocast computes
+    assert planned["engine cache"].rollout == pytest.approx(0.6 * 80 * GIB - 2 * PARAMETERS)
+    assert planned["weights on their way"].rollout == 4 * (ROOT_UNIT + 151_936 * 4096)
+    rollouts = (4 + 8) * per_device + 0.6 * 80 * GIB + 4 * (ROOT_UNIT + 151_936 * 4096) + 2 * GIB
+    assert planned.total("rollout") == pytest.approx(rollouts, rel=1e-4)
+    assert planned.peak == planned.total("rollout") < 0.9 * 80 * GIB
+
+
+def test_its_cache_holds_several_longest_requests(parse):
+    text = report(Settings.from_config(parse("strategy/fsdp")), 80 * GIB)
+    tokens = int((0.6 * 80 * GIB - 2 * PARAMETERS) / CACHED_TOKEN)
+    training, benchmark = tokens // (2048 + 16_384), tokens // (2048 + 32_768)
+    assert (training, benchmark) == (12, 6)
+    assert f"at most {tokens:,} tokens: 12 training requests of 18,432, or 6 benchmark requests of 34,816," in text
+    assert f"keeps {2 * PARAMETERS / GIB:.1f} GiB of weights per device in host memory" in text
+
+
+def test_every_engine_overlay_is_tested():
+    assert {path.stem for path in (ROOT / "configs/engine").glob("*.yaml")} == {"transformers", "vllm", "vllm_server"}
+
+
+def test_with_the_transformers_engine_it_holds_few_requests(parse, tmp_path):
+    few = tmp_path / "few.yaml"
+    few.write_text("model: {engine: {init_args: {max_batch_size: 2}}}")
+    planned = plan(Settings.from_config(parse("strategy/fsdp", "engine/transformers", file=few)), 80 * GIB)
+    assert planned["engine weights"].rollout == 2 * PARAMETERS
+    rows, width = 2, 2048 + 32_768
+    assert planned["engine cache"].rollout == rows * width * 5 / 4 * CACHED_TOKEN
     assert planned.peak < 0.9 * 80 * GIB
+
+
+def test_with_vllm_s_own_overlay_it_fits(parse):
+    planned = plan(Settings.from_config(parse("strategy/fsdp", "engine/vllm")), 80 * GIB)
+    assert planned["engine cache"].rollout == pytest.approx(0.5 * 80 * GIB - 2 * PARAMETERS)
+    assert planned.peak < 0.9 * 80 * GIB
+
+
+def test_with_servers_the_update_is_what_needs_most(parse):
+    planned = plan(Settings.from_config(parse("strategy/fsdp", "engine/vllm_server")), 80 * GIB)
+    assert planned.total("rollout") == pytest.approx((4 + 8) * PARAMETERS / 8 + 2 * GIB, rel=1e-4)
+    assert planned.peak == planned.total("update")
