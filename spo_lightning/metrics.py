@@ -6,6 +6,7 @@ completion counted twice, as a distributed sampler's padding does, is dropped by
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
@@ -62,6 +63,7 @@ class CompletionsMetric(Metric):
         """Mean over the problems, float64 scalar."""
         return torch.stack([self.score(reward, answer) for reward, answer in self._problems()]).mean()
 
+    @abstractmethod
     def score(self, reward: Tensor, answer: Tensor) -> Tensor:
         """Value of one problem; what a subclass defines.
 
@@ -69,7 +71,6 @@ class CompletionsMetric(Metric):
             reward: (n,) float64, by sample number.
             answer: (n,) int64.
         """
-        raise NotImplementedError
 
     def _problems(self) -> list[tuple[Tensor, Tensor]]:
         """Rewards and answers of each problem in the order of their samples, every completion once."""
