@@ -179,6 +179,7 @@ class SPOCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.policy.path", "data.tokenizer_path")
         parser.link_arguments("model.policy.revision", "data.tokenizer_revision")
+        parser.link_arguments("model.tool_use", "data.tool_use", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Take no model arguments from a checkpoint: what the configuration says holds."""

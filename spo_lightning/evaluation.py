@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from spo_lightning.metrics import cluster_answer_groups, evaluation_metrics
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
+from spo_lightning.rollouts.tool_engine import num_results
 
 
 class BenchmarkEvaluator:
@@ -21,14 +22,14 @@ class BenchmarkEvaluator:
     Args:
         num_samples: completions per problem.
         device: where the metric states live.
+        with_tools: whether completions may call tools; their turns are then counted.
     """
 
-    def __init__(self, num_samples: int, device: torch.device) -> None:
+    def __init__(self, num_samples: int, device: torch.device, with_tools: bool = False) -> None:
         powers = tuple(2**e for e in range(num_samples.bit_length()) if 2**e <= num_samples)
         self.metrics: MetricCollection = evaluation_metrics(num_samples, pass_at=powers).to(device)
-        self.means = MetricCollection(
-            {name: MeanMetric() for name in ("mean_length", "clipped_ratio", "undecided_ratio")}
-        ).to(device)
+        means = ["mean_length", "clipped_ratio", "undecided_ratio", *(["tool_turns"] if with_tools else [])]
+        self.means = MetricCollection({name: MeanMetric() for name in means}).to(device)
         self.device = device
 
     def update(self, rollouts: Sequence[Rollout], reward: Reward) -> None:
@@ -52,6 +53,8 @@ class BenchmarkEvaluator:
             self.means["mean_length"].update(rollout.completion.num_sampled)
             self.means["clipped_ratio"].update(float(rollout.completion.finish_reason == "length"))
             self.means["undecided_ratio"].update(float(not rollout.grade.decided))
+            if "tool_turns" in self.means:
+                self.means["tool_turns"].update(num_results(rollout.completion.completion_mask))
 
     def compute(self, prefix: str) -> dict[str, float]:
         """Metrics over all processes, under ``prefix/``; every process must call it."""

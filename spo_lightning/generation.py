@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,10 @@ from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.batch_collector import BatchCollector, CollectedBatch
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout, RolloutCollector
+from spo_lightning.rollouts.tool_engine import ToolEngine
 from spo_lightning.stages import StageTimer
+from spo_lightning.tools.settings import ToolUse
+from spo_lightning.tools.statistics import ToolStatistics
 from spo_lightning.types import Prompt, PromptBatch, SamplingParams
 from spo_lightning.weight_check import PROBE_TOKENS, check_weights
 
@@ -26,6 +30,7 @@ class Generation:
     Args:
         engine: not started.
         reward: grader.
+        tool_use: tools of completions; ``None`` has none.
         ranks: the processes of the run.
         stages: times what is done.
         collection: how batches are collected.
@@ -37,13 +42,14 @@ class Generation:
         self,
         engine: RolloutEngine,
         reward: Reward,
+        tool_use: ToolUse | None,
         ranks: Ranks,
         stages: StageTimer,
         collection: Collection,
         sampling: SamplingParams,
         seed: int,
     ) -> None:
-        self.engine = engine
+        self.engine: RolloutEngine = engine if tool_use is None else ToolEngine(engine, tool_use)
         self.reward = reward
         self.ranks = ranks
         self.stages = stages
@@ -106,19 +112,30 @@ class Generation:
         return collected
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, seeds: Sequence[int]) -> list[Rollout]:
-        """Complete prompts of this rank, wait for all, and grade them.
+        """Complete prompts of this rank, wait for all, and grade them; their calls of tools are not counted.
 
         Ranks that share an engine ask it for the prompts of all of them, and keep their own.
         """
         group = self.engine.ranks_per_engine
         if group == 1:
-            return self.collector.grade(prompts, self.collector.generate(prompts, sampling, seeds))
+            apart = self.engine.counting_nothing() if isinstance(self.engine, ToolEngine) else nullcontext()
+            with apart:
+                completions = self.collector.generate(prompts, sampling, seeds)
+            return self.collector.grade(prompts, completions)
         first = self.ranks.rank // group * group
         asked = self.ranks.gather((list(prompts), list(seeds)))[first : first + group]
         everyone = [prompt for part, _ in asked for prompt in part]
         completions = self.collector.generate(everyone, sampling, [seed for _, part in asked for seed in part])
         begin = sum(len(part) for part, _ in asked[: self.ranks.rank - first])
         return self.collector.grade(prompts, completions[begin : begin + len(prompts)])
+
+    def take_tool_statistics(self) -> ToolStatistics:
+        """What became of the calls of all ranks since the last time; of no calls without tools."""
+        return ToolStatistics.merged(
+            self.ranks.gather(
+                self.engine.take_statistics() if isinstance(self.engine, ToolEngine) else ToolStatistics()
+            )
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What is open."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from spo_lightning.algorithms import ImportanceSampling, OffPolicyCorrection
 from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 from spo_lightning.rollouts.collector import Rollout
+from spo_lightning.rollouts.tool_engine import num_results
 from spo_lightning.types import CompletionRecord
 
 
@@ -39,6 +40,15 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         values = torch.tensor(rewards, dtype=torch.float64)
         metrics |= {"reward/mean": float(values.mean()), "reward/std": _spread(values)}
     return metrics
+
+
+def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Turns that tools answered, and tokens of their results, as means over all completions."""
+    masks = [rollout.completion.completion_mask for rollout in rollouts]
+    return {
+        "tools/turns_mean": sum(num_results(mask) for mask in masks) / len(masks),
+        "tools/tokens_mean": sum(int((~mask).sum()) for mask in masks) / len(masks),
+    }
 
 
 def learning_metrics(reward: Tensor, baseline: Tensor, advantages: Tensor) -> dict[str, float]:

@@ -87,15 +87,22 @@ def engine_load(model: Namespace, data: Namespace, devices: int) -> EngineLoad:
     return _READERS[cls](cls(**model.engine.init_args), model, data, devices)
 
 
+def tool_tokens(model: Namespace) -> int:
+    """Most tokens that tools add to a completion."""
+    return 0 if model.tool_use is None else int(model.tool_use.max_tool_tokens)
+
+
 def _transformers_load(engine: TransformersEngine, model: Namespace, data: Namespace, devices: int) -> TransformersLoad:
     """The largest of training and benchmark rollouts, if every row grows to its limit."""
     prompt = data.max_prompt_tokens
+    tools = tool_tokens(model)
     begun = math.ceil(data.batch_size * data.oversampling / devices)
-    loads = [(min(engine.max_batch_size, begun), prompt + model.sampling.max_tokens)]
+    loads = [(min(engine.max_batch_size, begun), prompt + model.sampling.max_tokens + tools)]
     if data.benchmarks:
-        loads.append((engine.max_batch_size, prompt + model.eval_sampling.max_tokens))
+        loads.append((engine.max_batch_size, prompt + model.eval_sampling.max_tokens + tools))
     rows, width = max(loads, key=lambda load: load[0] * load[1])
-    return TransformersLoad(rows, width, prompt, engine.max_prefill_tokens, engine.attn_implementation)
+    prefill = width if tools else prompt  # behind a tool's result the whole conversation is read again
+    return TransformersLoad(rows, width, prefill, engine.max_prefill_tokens, engine.attn_implementation)
 
 
 def _vllm_load(engine: VLLMEngine, model: Namespace, data: Namespace, devices: int) -> VLLMLoad:
@@ -112,8 +119,8 @@ def _vllm_load(engine: VLLMEngine, model: Namespace, data: Namespace, devices: i
     dtype = None if engine.dtype is None else getattr(torch, engine.dtype, None)
     if engine.dtype is not None and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"model.engine.dtype is {engine.dtype}; the planner knows those of torch, such as bfloat16")
-    training = data.max_prompt_tokens + model.sampling.max_tokens
-    benchmark = data.max_prompt_tokens + model.eval_sampling.max_tokens
+    training = data.max_prompt_tokens + model.sampling.max_tokens + tool_tokens(model)
+    benchmark = data.max_prompt_tokens + model.eval_sampling.max_tokens + tool_tokens(model)
     return VLLMLoad(
         engine.gpu_memory_utilization,
         engine.kv_cache_memory_bytes,

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import Namespace
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.memory_engines import EngineLoad, engine_load, import_path
+from spo_lightning.memory_engines import EngineLoad, engine_load, import_path, tool_tokens
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_plan import Layout
 
@@ -101,7 +101,7 @@ class Settings:
             mixed=mixed,
             optimizer=partial(import_path(model.optimizer.class_path), **model.optimizer.init_args),
             micro_batch_tokens=model.micro_batch_tokens,
-            longest=data.max_prompt_tokens + model.sampling.max_tokens,
+            longest=data.max_prompt_tokens + model.sampling.max_tokens + tool_tokens(model),
             engine_dtype=torch.bfloat16 if mixed else converted or dtype,
             engine_load=engine_load(model, data, layout.devices),
         )

@@ -44,6 +44,7 @@ from spo_lightning.iteration_metrics import (
     mismatch_metrics,
     rollout_metrics,
     timing_metrics,
+    tool_metrics,
 )
 from spo_lightning.learner import score
 from spo_lightning.micro_batches import MicroBatching
@@ -68,6 +69,7 @@ from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
 from spo_lightning.strategies import FSDP2Strategy
+from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
 from spo_lightning.weight_check import TOLERANCE
 
@@ -79,6 +81,7 @@ class SPOModule(LightningModule):
         policy: the language model.
         reward: grades completions.
         engine: generates completions; ``None`` takes a ``TransformersEngine``.
+        tool_use: tools that completions may call, of training and of benchmarks; ``None`` has none.
         collection: what becomes of rollouts that the batch does not wait for, where ``data.oversampling`` is above 1.
         sampling: how training completions are sampled.
         eval_sampling: how benchmark completions are sampled; the defaults are the paper's.
@@ -110,6 +113,7 @@ class SPOModule(LightningModule):
         policy: PolicyConfig,
         reward: Reward,
         engine: RolloutEngine | None = None,
+        tool_use: ToolUse | None = None,
         collection: Collection = Collection(),  # noqa: B008 (frozen)
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
         eval_sampling: SamplingParams = SamplingParams(32768, 0.6, 0.95, 20),  # noqa: B008 (frozen)
@@ -148,6 +152,7 @@ class SPOModule(LightningModule):
             raise ValueError("bad SPOModule arguments: " + "; ".join(problems))
         self.policy_config = policy
         self.reward = reward
+        self.tool_use = tool_use
         self.engine: RolloutEngine = TransformersEngine() if engine is None else engine
         self.collection = collection
         self.sampling = sampling
@@ -212,8 +217,14 @@ class SPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what the module cannot do, before any work."""
         self.ranks = Ranks()
+        if self.tool_use is not None and self.engine.ranks_per_engine > 1:
+            raise ConfigError(
+                f"model.engine is shared by {self.engine.ranks_per_engine} ranks, which would not see results of tools "
+                "at the same moment; take an engine for each rank (tensor_parallel_size 1) or vLLM servers, or set "
+                "model.tool_use to null"
+            )
         self.generation = Generation(
-            self.engine, self.reward, self.ranks, self.stages, self.collection, self.sampling, self.seed
+            self.engine, self.reward, self.tool_use, self.ranks, self.stages, self.collection, self.sampling, self.seed
         )
         if stage != "fit":
             return
@@ -235,13 +246,14 @@ class SPOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the longest possible sequence against the micro-batch, and start the engine."""
-        longest = self.trainer.datamodule.max_prompt_tokens + self.sampling.max_tokens  # type: ignore[attr-defined]
-        if longest > self.micro_batch_tokens:
-            raise ConfigError(
-                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, more than "
-                f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of the two"
-            )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        longest = data.max_prompt_tokens + self.sampling.max_tokens + self._tool_tokens
+        if longest > self.micro_batch_tokens:
+            with_tools = " + tool_use.max_tool_tokens" if self.tool_use else ""
+            raise ConfigError(
+                f"data.max_prompt_tokens + sampling.max_tokens{with_tools} is {longest}, more than "
+                f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of them"
+            )
         begins = self.ranks.gather(data.sampler.iteration)
         if len(set(begins)) > 1:
             raise ConfigError(
@@ -352,6 +364,9 @@ class SPOModule(LightningModule):
         collected = self.generation.collect(batch)
         rollouts = collected.rollouts
         metrics |= rollout_metrics(rollouts) | collected.metrics
+        if self.tool_use is not None:
+            metrics |= tool_metrics(rollouts)
+            metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
         if decided:
             outcome, advantages, learned = self._learn(batch, collected, decided)
@@ -439,8 +454,10 @@ class SPOModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._push_weights(max((d.longest for d in data.benchmark_prompts.values()), key=lambda p: len(p.token_ids)))
         benchmarks = self.trainer.datamodule.benchmarks  # type: ignore[attr-defined]
+        with_tools = self.tool_use is not None
         self._evaluators = {
-            name: BenchmarkEvaluator(benchmark.num_samples, self.device) for name, benchmark in benchmarks.items()
+            name: BenchmarkEvaluator(benchmark.num_samples, self.device, with_tools)
+            for name, benchmark in benchmarks.items()
         }
 
     on_test_epoch_start = on_validation_epoch_start
@@ -520,7 +537,8 @@ class SPOModule(LightningModule):
                 eos_token_ids=eos_token_ids(self.policy.model, self.tokenizer),
                 max_model_len=min(
                     self.trainer.datamodule.max_prompt_tokens  # type: ignore[attr-defined]
-                    + max(self.sampling.max_tokens, self.eval_sampling.max_tokens),
+                    + max(self.sampling.max_tokens, self.eval_sampling.max_tokens)
+                    + self._tool_tokens,
                     cast(Policy, self.policy).model.config.max_position_embeddings,
                 ),
                 revision=self.policy_config.revision,
@@ -528,6 +546,11 @@ class SPOModule(LightningModule):
                 world_size=self.ranks.world_size,
             )
         )
+
+    @property
+    def _tool_tokens(self) -> int:
+        """Most tokens that tools add to a completion."""
+        return 0 if self.tool_use is None else self.tool_use.max_tool_tokens
 
     @property
     def _generation_dtype(self) -> str:

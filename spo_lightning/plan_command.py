@@ -148,7 +148,7 @@ def _engine_changes(
     load, now = settings.engine_load, _engine_memory(settings, gpu_bytes)
     room = COMFORT * gpu_bytes - planned.total("rollout") + now.weights + now.cache + now.work
     if isinstance(load, TransformersLoad):
-        rows = int((room - now.weights) / ((now.cache + now.work) / load.rows))
+        rows = int((room - now.weights - now.work) / (now.cache / load.rows))
         rows = rows if 1 <= rows < load.rows else 1
         if rows < load.rows:
             yield f"max_batch_size: {rows}", replace(load, rows=rows)
@@ -187,8 +187,8 @@ def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
     bound, longest = settings.micro_batch_tokens, settings.longest
     if longest > bound:
         raise ConfigError(
-            f"data.max_prompt_tokens + sampling.max_tokens is {longest}, more than micro_batch_tokens={bound}; raise "
-            "model.micro_batch_tokens or lower one of the two"
+            f"data.max_prompt_tokens + sampling.max_tokens, with what tools may add, is {longest}, more than "
+            f"micro_batch_tokens={bound}; raise model.micro_batch_tokens or lower one of them"
         )
     width = min(longest, max(1, bound // 2))
     packed = tells_packed_sequences_apart(settings.policy.attn_implementation)

@@ -84,7 +84,9 @@ class Completion:
             token, never inferred from an id.
         policy_versions: (T,) int64, version of the weights that sampled each token (what ``update_weights`` was told).
         text: decoded completion without special tokens; empty when it was "aborted".
-        finish_reason: "stop" (end-of-sequence token or stop string), "length" (``max_tokens``) or "aborted".
+        finish_reason: "stop" (end-of-sequence token or stop string), "length" (``max_tokens``, or a limit of tool use)
+            or "aborted".
+        sampled_text: as ``text``, of the sampled tokens alone; ``None`` when it is the same.
     """
 
     request_id: int
@@ -95,6 +97,7 @@ class Completion:
     policy_versions: Tensor
     text: str
     finish_reason: FinishReason
+    sampled_text: str | None = None
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -127,6 +130,7 @@ class RolloutRequest:
         partial: what an earlier request for the same prompt has so far; this one goes on after its last token and
             gives back both parts as one completion. ``sampling.max_tokens`` bounds the sampled tokens of both together.
         urgent: goes before others that wait in an engine's queue.
+        use_tools: whether it may call the tools that the run has.
     """
 
     request_id: int
@@ -135,6 +139,7 @@ class RolloutRequest:
     seed: int | None = None
     partial: Completion | None = None
     urgent: bool = False
+    use_tools: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def check_weights(
         WeightMismatchError: it is above the tolerance, or not a number; on every rank.
     """
     sampling = SamplingParams(max_tokens=PROBE_TOKENS, temperature=temperature)
-    mine = collector.generate([prompt] * PROBE_SAMPLES, sampling, range(PROBE_SAMPLES))
+    mine = collector.generate([prompt] * PROBE_SAMPLES, sampling, range(PROBE_SAMPLES), use_tools=False)
     engines = ranks.gather(mine)
     scored = score([TokenSequence.join(prompt, completion) for completions in engines for completion in completions])
     sampled = [torch.cat([completion.sampling_logprobs for completion in completions]) for completions in engines]

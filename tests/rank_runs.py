@@ -18,10 +18,12 @@ from spo_lightning.data.value_start import DrawValues
 from spo_lightning.lora import LoraSettings
 from spo_lightning.sharding import full_state
 from spo_lightning.strategies import FSDP2Strategy
+from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import SamplingParams
 
 from cpu_fsdp import CPUFSDPStrategy
 from runs import Recorder, make_run
+from tool_runs import Count, LetterFormat
 
 STRATEGIES: dict[str, Any] = {
     "ddp": DDPStrategy,
@@ -100,8 +102,7 @@ def run(
             "logger": False,
         },
         policy=policy,
-        micro_batch_tokens=26,
-        **module_settings,
+        **{"micro_batch_tokens": 26, **module_settings},
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
@@ -117,6 +118,7 @@ def run(
         "advantages": [[record.advantage for record in records] for records in trajectory.records],
         "values": trajectory.values,
         "metrics": [{k: v for k, v in m.items() if k.startswith(("policy", "val"))} for m in trajectory.metrics],
+        "calls": [m.get("tools/count/calls") for m in trajectory.metrics],
         "weights": full_state(module.policy, keep=True),
         "benchmark": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
     }
@@ -125,6 +127,12 @@ def run(
 def settings_of(policy: dict[str, Any]) -> dict[str, Any]:
     """Of a variant; clipping makes gradient descent slow, so that it moves further with a larger rate."""
     return {"optimizer": partial(torch.optim.SGD, lr=0.5), "max_grad_norm": 0.1} if policy is SPARSE else SGD
+
+
+def tool_settings() -> dict[str, Any]:
+    """Of a run whose completions call tools."""
+    use = ToolUse([Count()], LetterFormat(), max_turns=2, max_tool_tokens=16)
+    return {"tool_use": use, "sampling": SamplingParams(max_tokens=16), "micro_batch_tokens": 48, **SGD}
 
 
 def main() -> None:
@@ -144,6 +152,8 @@ def main() -> None:
         middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
         resumed = run(folder, f"{name}-resumed", build(), 2, middle, **carry)
         torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+    whole = run(folder, "tools-ddp", DDPStrategy(), 2, **tool_settings())
+    torch.save({"whole": whole}, folder / f"tools-ddp-rank{torch.distributed.get_rank()}.pt")
     for name, (inputs, _, build, policy) in VARIANTS.items():
         whole = run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy))
         torch.save({"whole": whole}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")

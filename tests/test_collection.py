@@ -464,7 +464,9 @@ def test_ranks_of_one_engine_ask_for_the_same_and_keep_their_own(tmp_path):
     trainer, module, data = make_run(tmp_path)
     trainer.fit(module, data)
     ranks = SimpleNamespace(rank=3, world_size=4, gather=lambda value: [*shares[:3], value])
-    generation = Generation(Shared(), module.reward, ranks, StageTimer(), Collection(), SamplingParams(max_tokens=4), 0)
+    generation = Generation(
+        Shared(), module.reward, None, ranks, StageTimer(), Collection(), SamplingParams(max_tokens=4), 0
+    )
     tokenizer = data.tokenizer
     generation.start(EngineContext(str(tmp_path / "start"), tokenizer, "cpu", "float32", (1,)))
     asked.clear()

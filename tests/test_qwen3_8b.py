@@ -83,6 +83,7 @@ def test_the_settings_are_the_paper_s(parse):
     forgetting = data.forgetting.init_args
     assert (forgetting.min_factor, forgetting.max_factor, forgetting.kl_half_life) == (0.875, 0.96, 0.06)
     assert data.prompt_weights.init_args.exploration == 0.05
+    assert (model.tool_use.max_turns, model.tool_use.format.class_path.rpartition(".")[2]) == (8, "CodeTags")
     assert (data.value_start.init_args.num_samples, data.initial_effective_count) == (8, 1 / (1 - 0.875))
 
 
@@ -90,8 +91,9 @@ def test_it_trains_float32_masters_in_bfloat16_and_a_longest_sequence_fits(parse
     config = parse()
     assert (config.trainer.precision, config.model.policy.dtype) == ("bf16-mixed", "float32")
     assert config.model.policy.gradient_checkpointing
-    assert config.model.micro_batch_tokens >= config.data.max_prompt_tokens + config.model.sampling.max_tokens
-    longest_answer = config.data.max_prompt_tokens + config.model.eval_sampling.max_tokens
+    tools = config.model.tool_use.max_tool_tokens
+    assert config.model.micro_batch_tokens >= config.data.max_prompt_tokens + config.model.sampling.max_tokens + tools
+    longest_answer = config.data.max_prompt_tokens + config.model.eval_sampling.max_tokens + tools
     assert longest_answer <= ARCHITECTURE["max_position_embeddings"]
 
 
@@ -119,6 +121,8 @@ def test_the_model_is_cut_into_36_layers_and_a_root(qwen3_8b):
     assert sum(p.numel() for p in parameters if p not in in_layers) == ROOT_UNIT
 
 
+TOOLS = 4096  # tokens that tools may add to a completion
+LONGEST = 2048 + 16_384 + TOOLS
 CACHED_TOKEN = 36 * 2 * (8 * 128) * 2  # keys and values of 36 layers, 8 heads of 128, bfloat16
 
 
@@ -129,7 +133,7 @@ def test_sharded_over_8_it_fits_80_gib(parse, overlay):
     assert planned["parameters"].update == planned["gradients"].update == 4 * per_device
     assert planned["optimizer state"].update == pytest.approx(8 * per_device, rel=1e-4)
     assert planned["gathered units"].update == 2 * (ROOT_UNIT + 2 * LAYER)
-    hidden_states = 18_432 * 4096 * 2
+    hidden_states = LONGEST * 4096 * 2
     assert planned["activations"].update == pytest.approx(36 * hidden_states, rel=0.2)
     assert planned["engine weights"].rollout == 2 * PARAMETERS  # bfloat16, as autocast computes
     assert planned["engine cache"].rollout == pytest.approx(0.6 * 80 * GIB - 2 * PARAMETERS)
@@ -142,9 +146,9 @@ def test_sharded_over_8_it_fits_80_gib(parse, overlay):
 def test_its_cache_holds_several_longest_requests(parse):
     text = report(Settings.from_config(parse("strategy/fsdp")), 80 * GIB)
     tokens = int((0.6 * 80 * GIB - 2 * PARAMETERS) / CACHED_TOKEN)
-    training, benchmark = tokens // (2048 + 16_384), tokens // (2048 + 32_768)
-    assert (training, benchmark) == (12, 6)
-    assert f"at most {tokens:,} tokens: 12 training requests of 18,432, or 6 benchmark requests of 34,816," in text
+    training, benchmark = tokens // LONGEST, tokens // (2048 + 32_768 + TOOLS)
+    assert (training, benchmark) == (10, 6)
+    assert f"at most {tokens:,} tokens: 10 training requests of 22,528, or 6 benchmark requests of 38,912," in text
     assert f"keeps {2 * PARAMETERS / GIB:.1f} GiB of weights per device in host memory" in text
 
 
@@ -157,9 +161,19 @@ def test_with_the_transformers_engine_it_holds_few_requests(parse, tmp_path):
     few.write_text("model: {engine: {init_args: {max_batch_size: 2}}}")
     planned = plan(Settings.from_config(parse("strategy/fsdp", "engine/transformers", file=few)), 80 * GIB)
     assert planned["engine weights"].rollout == 2 * PARAMETERS
-    rows, width = 2, 2048 + 32_768
+    rows, width = 2, 2048 + 32_768 + TOOLS
     assert planned["engine cache"].rollout == rows * width * 5 / 4 * CACHED_TOKEN
     assert planned.peak < 0.9 * 80 * GIB
+
+
+def test_a_conversation_is_read_again_behind_a_tool_s_result(parse, tmp_path):
+    without = tmp_path / "without.yaml"
+    without.write_text("model: {tool_use: null}")
+    with_tools, alone = (
+        plan(Settings.from_config(parse("strategy/fsdp", "engine/transformers", file=file)), 80 * GIB)["engine work"]
+        for file in (None, without)
+    )
+    assert with_tools.rollout > 2 * alone.rollout  # 38,912 tokens and their mask at once
 
 
 def test_with_vllm_s_own_overlay_it_fits(parse):

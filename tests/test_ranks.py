@@ -25,7 +25,7 @@ from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
 from cpu_fsdp import CPUFSDPStrategy
-from rank_runs import CARRYING, ITERATIONS, SAVED_AT, SPREAD, STRATEGIES, VARIANTS, run, settings_of
+from rank_runs import CARRYING, ITERATIONS, SAVED_AT, SPREAD, STRATEGIES, VARIANTS, run, settings_of, tool_settings
 from runs import make_run, write_inputs
 
 EXACT = ("prompts", "completions")
@@ -122,6 +122,14 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
     moved = max((value - start[name]).abs().max().item() for name, value in expected["weights"].items())
     assert moved > 1e-2
     assert_same(load(folder, variant)["whole"], expected)
+
+
+def test_completions_that_call_tools_are_the_same_on_two_processes(folder):
+    expected = run(folder, f"tools-{os.getpid()}", "auto", 1, **tool_settings())
+    found = load(folder, "tools-ddp")["whole"]
+    assert sum(expected["calls"]) > 0
+    assert found["calls"] == expected["calls"]  # those of both ranks
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *CARRYING])

@@ -31,6 +31,8 @@ from spo_lightning.data.training_stream import TrainingStream
 from spo_lightning.data.value_start import DrawValues, PriorStart, StartValues, ValueStart
 from spo_lightning.errors import ConfigError
 from spo_lightning.policy import load_tokenizer
+from spo_lightning.tools.formats import ChatTemplateCalls
+from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import Outcome
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class SPODataModule(LightningDataModule):
         chat_template: "auto" applies the tokenizer's chat template if there is one, "always" demands one, "never"
             gives plain text.
         chat_template_kwargs: variables of the chat template, e.g. ``{enable_thinking: false}``.
+        tool_use: tools that prompts tell of; ``None`` has none. The command line takes it from ``model.tool_use``.
         forgetting: how much a prompt's value keeps of its past (SPO §4.1).
         prompt_weights: which prompts come more often (SPO eq. 11).
         value_start: where the tracker's first values come from (SPO Algorithm 2).
@@ -94,6 +97,7 @@ class SPODataModule(LightningDataModule):
         system_prompt: str | None = None,
         chat_template: ChatTemplate = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
+        tool_use: ToolUse | None = None,
         forgetting: ForgettingRule = lazy_instance(KLHalfLife),  # noqa: B008 (stateless; --help shows its arguments)
         prompt_weights: PromptWeights = lazy_instance(PrioritizedWeights),  # noqa: B008
         value_start: ValueStart = lazy_instance(PriorStart),  # noqa: B008
@@ -110,6 +114,7 @@ class SPODataModule(LightningDataModule):
         self.completions_per_prompt = completions_per_prompt
         self.oversampling = oversampling
         self.max_prompt_tokens = max_prompt_tokens
+        self.tool_use = tool_use
         self.value_start = value_start
         self.smoothing: Smoothing = smoothing
         self._tokenizer_name = (tokenizer_path, tokenizer_revision)
@@ -119,6 +124,9 @@ class SPODataModule(LightningDataModule):
             "chat_template": chat_template,
             "chat_template_kwargs": chat_template_kwargs,
         }
+        if tool_use is not None:
+            self._format_options["tools"] = tool_use.format.template_tools(tool_use.tools)
+            self._format_options["tool_instruction"] = tool_use.format.instruction(tool_use.tools)
         self._new_tracker = partial(
             ValueTracker, forgetting=forgetting, initial_effective_count=initial_effective_count
         )
@@ -145,6 +153,13 @@ class SPODataModule(LightningDataModule):
             problems.append(f"oversampling is {self.oversampling}; it must be at least 1, which begins no more than B")
         if self.smoothing not in ("jeffreys", "none"):
             problems.append(f'smoothing is {self.smoothing!r}; it must be "jeffreys" or "none"')
+        if self.tool_use is not None and isinstance(self.tool_use.format, ChatTemplateCalls):
+            ours, its = self._format_options["chat_template_kwargs"] or {}, self.tool_use.format.chat_template_kwargs
+            if ours != its:
+                problems.append(
+                    f"chat_template_kwargs is {ours} and that of tool_use.format {its}; prompts and what follows a "
+                    "call must be rendered alike, give both the same"
+                )
         problems += [
             f"benchmark name {name!r} becomes part of metric keys; use letters, digits, '_', '.' and '-' only"
             for name in self.benchmarks
@@ -166,6 +181,7 @@ class SPODataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: a file of the configuration does not exist.
+            ConfigError: the tokenizer cannot write the calls of ``tool_use``.
             ConnectionError: the hub cannot be reached or does not have a data set.
             ValueError: the stage has nothing to work on, or data are malformed.
         """
@@ -186,6 +202,8 @@ class SPODataModule(LightningDataModule):
     def _load(self, name: str, source: PromptSource) -> PromptDataset:
         if not hasattr(self, "tokenizer"):
             self.tokenizer = load_tokenizer(*self._tokenizer_name)
+            if self.tool_use is not None:
+                self.tool_use.format.check(self.tokenizer, self.tool_use.tools)
             self._formatter = PromptFormatter(self.tokenizer, **self._format_options)
         dataset = load_prompts(source, self._formatter, self.max_prompt_tokens)
         if dataset.num_merged:

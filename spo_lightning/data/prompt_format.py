@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 
 class PromptFormatter:
-    r"""Applies instruction, system prompt and chat template, and tokenizes.
+    r"""Applies instructions, system prompt and chat template, and tokenizes.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -28,6 +28,9 @@ class PromptFormatter:
             demands one, "never" gives the model the plain text with the tokenizer's own special tokens (what a base
             model expects).
         chat_template_kwargs: variables for the template, e.g. ``{"enable_thinking": false}`` for Qwen3.
+        tools: JSON schemas of the tools that the chat template tells of.
+        tool_instruction: put in front of the first user message exactly as given, where ReTool's prompts tell of the
+            interpreter. It brings its own separator.
 
     Raises:
         ValueError: the options contradict each other or the tokenizer.
@@ -40,9 +43,17 @@ class PromptFormatter:
         system_prompt: str | None = None,
         chat_template: ChatTemplate = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        tool_instruction: str = "",
     ) -> None:
         has_template = bool(tokenizer.chat_template)
         self.uses_template = chat_template == "always" or (chat_template == "auto" and has_template)
+        self._tokenizer = tokenizer
+        self._instruction = instruction
+        self._tool_instruction = tool_instruction
+        self._system_prompt = system_prompt
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._tools = list(tools) if tools else None
         problems = []
         if chat_template == "always" and not has_template:
             problems.append(
@@ -55,14 +66,28 @@ class PromptFormatter:
                         f"{name} is {value!r}, but no chat template is applied; remove it, or write it into the "
                         "instruction"
                     )
+        problems += self._tool_problems()
         if problems:
             raise ValueError("bad prompt format: " + "; ".join(problems))
         if chat_template == "auto" and not has_template:
             _log.info("the tokenizer has no chat template: prompts are given to the policy as plain text")
-        self._tokenizer = tokenizer
-        self._instruction = instruction
-        self._system_prompt = system_prompt
-        self._template_kwargs = dict(chat_template_kwargs or {})
+
+    def _tool_problems(self) -> list[str]:
+        if self._tools is None:
+            return []
+        remedy = "write calls in a format that the prompt itself tells of (CodeTags)"
+        if not (self.uses_template and self._tokenizer.chat_template):
+            return [
+                f"{len(self._tools)} tools are to be told of by a chat template, and none is applied; use a tokenizer "
+                f"that has one, or {remedy}"
+            ]
+        probe: list[Message] = [{"role": "user", "content": "1+1?"}]
+        if self._apply_template(probe, self._tools) == self._apply_template(probe, None):
+            return [
+                f"the tokenizer's chat template says nothing of the {len(self._tools)} tools; use a tokenizer whose "
+                f"template does, or {remedy}"
+            ]
+        return []
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text the policy sees for a conversation that ends with the user.
@@ -71,6 +96,10 @@ class PromptFormatter:
             ValueError: a conversation of several messages without a chat template.
         """
         conversation = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._instruction}]
+        if self._tool_instruction:
+            first = next(i for i, message in enumerate(conversation) if message["role"] == "user")
+            told = self._tool_instruction + conversation[first]["content"]
+            conversation[first] = {**conversation[first], "content": told}
         if not self.uses_template:
             if len(conversation) > 1:
                 raise ValueError(
@@ -80,9 +109,13 @@ class PromptFormatter:
             return conversation[0]["content"]
         if self._system_prompt is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": self._system_prompt})
+        return self._apply_template(conversation, self._tools)
+
+    def _apply_template(self, conversation: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        told = {} if tools is None else {"tools": tools}
         return str(
             self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **self._template_kwargs
+                conversation, tokenize=False, add_generation_prompt=True, **told, **self._template_kwargs
             )
         )
 

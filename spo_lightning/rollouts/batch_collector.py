@@ -242,7 +242,7 @@ def _beginning(completion: Completion | None) -> Completion | None:
     if completion is None:
         return None
     columns = ("token_ids", "sampling_logprobs", "completion_mask", "policy_versions")
-    return replace(completion, text="", **{name: getattr(completion, name)[:1] for name in columns})
+    return replace(completion, text="", sampled_text=None, **{name: getattr(completion, name)[:1] for name in columns})
 
 
 def _completion(rollout: OpenRollout) -> Completion:

@@ -39,6 +39,7 @@ class RolloutCollector:
         seeds: Sequence[int],
         partials: Sequence[Completion | None] | None = None,
         urgent: bool = False,
+        use_tools: bool = True,
     ) -> list[int]:
         """Open one request a prompt; returns their ids.
 
@@ -48,10 +49,11 @@ class RolloutCollector:
             seeds: one per prompt; equal seeds of one prompt give equal completions.
             partials: what there is of each completion already; ``None`` begins all.
             urgent: before others that wait.
+            use_tools: whether they may call the run's tools.
         """
         rows = zip(prompts, seeds, partials or [None] * len(prompts), strict=True)
         requests = [
-            RolloutRequest(self._next_id + row, prompt.token_ids, sampling, seed, partial, urgent)
+            RolloutRequest(self._next_id + row, prompt.token_ids, sampling, seed, partial, urgent, use_tools)
             for row, (prompt, seed, partial) in enumerate(rows)
         ]
         self._next_id += len(requests)
@@ -67,7 +69,9 @@ class RolloutCollector:
         wanted = set(ids)
         return {i: self._finished.pop(i) for i in [i for i in self._finished if i in wanted]}
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, seeds: Sequence[int], use_tools: bool = True
+    ) -> list[Completion]:
         """Complete each prompt once, all open at the same time, and wait for all; in the order of ``prompts``.
 
         They go before requests that nobody waits for now, such as training rollouts that are carried over.
@@ -76,8 +80,9 @@ class RolloutCollector:
             prompts: a prompt may occur more than once.
             sampling: how to sample.
             seeds: one per prompt; equal seeds of one prompt give equal completions.
+            use_tools: whether they may call the run's tools.
         """
-        ids = self.submit(prompts, sampling, seeds, urgent=True)
+        ids = self.submit(prompts, sampling, seeds, urgent=True, use_tools=use_tools)
         finished: dict[int, Completion] = {}
         while len(finished) < len(ids):
             self.step()
@@ -85,9 +90,9 @@ class RolloutCollector:
         return [finished[i] for i in ids]
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Rollout]:
-        """Grade completions of prompts, in order."""
+        """Grade what the policy wrote for each prompt, in order; the output of tools is no answer."""
         grades = self.reward.grade(
-            [completion.text for completion in completions],
+            [c.text if c.sampled_text is None else c.sampled_text for c in completions],
             [prompt.reference for prompt in prompts],
             [prompt.text for prompt in prompts],
         )

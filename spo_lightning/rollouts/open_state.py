@@ -23,8 +23,8 @@ def pack(rollouts: Sequence[OpenRollout]) -> dict[str, Any]:
 
     Returns:
         ``index``, ``iteration``, ``row``, ``group`` and ``length`` (R,) int64, ``baseline`` (R,) float64, the (T,)
-        columns of ``Completion``, and two lists of R strings, ``text`` and ``finish_reason``, empty where nothing has
-        begun.
+        columns of ``Completion``, and three lists of R strings: ``text`` and ``finish_reason``, empty where nothing has
+        begun, and ``sampled_text``, some of them ``None``.
     """
     completions = [rollout.completion for rollout in rollouts]
 
@@ -44,6 +44,7 @@ def pack(rollouts: Sequence[OpenRollout]) -> dict[str, Any]:
         },
         "text": ["" if c is None else c.text for c in completions],
         "finish_reason": ["" if c is None else c.finish_reason for c in completions],
+        "sampled_text": [None if c is None else c.sampled_text for c in completions],
     }
 
 
@@ -73,6 +74,7 @@ def unpack(state: Mapping[str, Any], prompt_at: Callable[[int], Prompt]) -> list
                 **{name: parts[number] for name, parts in columns.items()},
                 text=state["text"][number],
                 finish_reason=state["finish_reason"][number],
+                sampled_text=state["sampled_text"][number],
             )
         rollouts.append(OpenRollout(task, completion))
     return rollouts

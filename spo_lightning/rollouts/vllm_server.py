@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from spo_lightning.rollouts.server_weights import WeightFiles
 
 API_KEY_VARIABLE = "SPO_VLLM_API_KEY"
-STEP_SECONDS = 1.0  # longest that step() waits for a completion
+STEP_SECONDS = 0.1  # longest that step() waits for a completion; tools' results wait as long
 
 
 class VLLMServerEngine(RolloutEngine):
@@ -152,7 +152,7 @@ class VLLMServerEngine(RolloutEngine):
         thread.call(self._pool.add, [self._format.open(request, self._seed_of(request)) for request in requests])
 
     def step(self) -> list[Completion]:
-        """Wait until completions have finished, at most a second; those that have, in the order of their requests.
+        """Wait until completions have finished, at most 0.1 s; those that have, in the order of their requests.
 
         Raises:
             RuntimeError: the last weight push failed, a server refused a request, one failed three times at servers

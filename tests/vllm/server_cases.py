@@ -52,7 +52,12 @@ class Policy:
 
 
 @torch.no_grad()
-def logprob_error(policy: Policy, completion: Completion, adjust: Callable[[Tensor], Tensor] = lambda x: x) -> float:
+def logprob_error(
+    policy: Policy,
+    completion: Completion,
+    adjust: Callable[[Tensor], Tensor] = lambda x: x,
+    only: Tensor | slice = slice(None),
+) -> float:
     """Largest difference to a forward pass over the whole completion with the weights of each token's version."""
     prompt = len(completion.prompt_token_ids)
     ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids.tolist()]])
@@ -62,7 +67,7 @@ def logprob_error(policy: Policy, completion: Completion, adjust: Callable[[Tens
         logprobs = adjust(logits).log_softmax(-1).gather(-1, completion.token_ids[:, None])[:, 0].float()
         own = completion.policy_versions == version
         expected[own] = logprobs[own]
-    return float((expected - completion.sampling_logprobs).abs().max())
+    return float((expected - completion.sampling_logprobs)[only].abs().max())
 
 
 def ask(request_id: int, prompt: tuple[int, ...] = (2, 3, 4), tokens: int = 100, **rest: Any) -> RolloutRequest:

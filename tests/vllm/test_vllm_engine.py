@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.rollouts.vllm_engine import VLLMEngine
 from spo_lightning.rollouts.vllm_requests import sampling_params
+from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import RolloutRequest, SamplingParams
 
 from engine_runs import (
@@ -27,6 +29,7 @@ from engine_runs import (
     run,
     start,
 )
+from tool_runs import Count, LetterFormat, assert_called, with_tools
 
 pytestmark = NEEDS_VLLM
 POLICIES = {
@@ -417,3 +420,35 @@ def test_a_stalled_vllm_is_noticed(fresh: Policy, monkeypatch: pytest.MonkeyPatc
             fresh.engine.step()
     core.resume_scheduler()
     assert_teacher_forced(fresh.first, run(fresh.engine)[0])
+
+
+def test_completions_call_tools(fresh: Policy) -> None:
+    """Requests that wait for a tool leave the engine and come back; other weights come while they wait."""
+    tool = Count()
+    context = EngineContext(fresh.folder, TOKENIZER, "cpu", "float32", ())
+    engine = with_tools(fresh.engine, context, ToolUse([tool], LetterFormat(), max_turns=4))
+    done = run(engine, [request(i, PROMPTS[i % 6], seed=i, max_tokens=40) for i in range(12)])
+    assert sum(assert_called(completion, TOKENIZER) for completion in done.values()) > 12
+    for completion in done.values():
+        expected = reference_logprobs(fresh.first, completion, SamplingParams())
+        mask = completion.completion_mask
+        torch.testing.assert_close(completion.sampling_logprobs[mask].double(), expected[mask], atol=3e-5, rtol=0)
+        assert set(completion.policy_versions.tolist()) == {fresh.version}
+        assert completion.num_sampled <= 40
+    first = next(completion for completion in done.values() if not completion.completion_mask.all())
+    length = int((~first.completion_mask).nonzero()[0])
+    tool.held[TOKENIZER.decode(first.token_ids[:length])] = held = threading.Event()
+    number = first.request_id
+    engine.submit([request(number, PROMPTS[number % 6], seed=number, max_tokens=40)])
+    while fresh.engine.num_open:
+        engine.step()
+    other = fresh.others[0]
+    version = fresh.push(other)
+    held.set()
+    while not (after := engine.step()):
+        pass
+    assert torch.equal(after[0].token_ids[:length], first.token_ids[:length])
+    written = (after[0].policy_versions == version) & after[0].completion_mask
+    assert written.any() and not written[:length].any()
+    expected = reference_logprobs(other, after[0], SamplingParams())
+    torch.testing.assert_close(after[0].sampling_logprobs[written].double(), expected[written], atol=3e-5, rtol=0)

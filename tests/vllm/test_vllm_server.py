@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
+from spo_lightning.tools.settings import ToolUse
 
 from server_cases import KNOWN, TOLERANCE, Policy, ask, drain, logprob_error, long_prompt, wait_for_tokens
 from server_process import ServerProcess, free_port
+from tool_runs import Count, LetterFormat, assert_called, with_tools
 
 LONG = 800  # tokens, some seconds: time enough to interfere
 
@@ -342,3 +344,13 @@ def test_killed_servers(killable: Run) -> None:
     first.kill()
     with pytest.raises(RuntimeError, match=f"no server took the weights of version {Run.version + 1} within 15 s"):
         tied.push(engine)
+
+
+def test_completions_call_tools(tied: Run) -> None:
+    engine = with_tools(tied.engine(), tied.policy.context(), ToolUse([Count()], LetterFormat(), max_turns=4))
+    engine.submit([ask(i, (2, 3, 2 + i), 60) for i in range(12)])
+    done = drain(engine)
+    assert len(done) == 12
+    assert sum(assert_called(completion, tied.policy.tokenizer) for completion in done) > 12
+    for completion in done:
+        assert logprob_error(tied.policy, completion, only=completion.completion_mask) < TOLERANCE

@@ -1,0 +1,61 @@
+"""From the text of tool results to the tokens that a completion takes in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from spo_lightning.tools.protocol import Piece
+
+_CUT = "\n[{} tokens left out]\n"
+
+
+def encode_results(pieces: Sequence[Piece], tokenizer: Any, room: int) -> list[int] | None:
+    """Tokenize what is put behind a turn; outputs that are too long lose their middle.
+
+    Args:
+        pieces: in order. Special and other added tokens in the untrusted ones become plain characters.
+        tokenizer: the policy's.
+        room: most tokens of all together; the untrusted pieces share alike what the trusted ones leave.
+
+    Returns:
+        Token ids, or ``None`` when the trusted pieces alone pass ``room``.
+    """
+    encoded = [_encode(piece, tokenizer) for piece in pieces]
+    left = room - sum(len(ids) for ids, piece in zip(encoded, pieces, strict=True) if piece.trusted)
+    if left < 0:
+        return None
+    share = left // max(1, sum(not piece.trusted for piece in pieces))
+    parts = [ids if piece.trusted else _cut(ids, share, tokenizer) for ids, piece in zip(encoded, pieces, strict=True)]
+    return [token for part in parts for token in part]
+
+
+def _encode(piece: Piece, tokenizer: Any) -> list[int]:
+    """Token ids; those of an untrusted piece hold no added token, though its text may spell one."""
+    text = piece.text.encode("utf-8", "replace").decode()  # lone surrogates are no text
+    added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
+    cuts = [] if piece.trusted or not added else [m.start() + 1 for m in re.finditer("|".join(added), text)]
+    parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [
+        int(token)
+        for part in parts
+        for token in tokenizer(part, add_special_tokens=False, split_special_tokens=not piece.trusted)["input_ids"]
+    ]
+
+
+def _cut(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Leave out the middle, and say how much."""
+    if len(ids) <= room:
+        return ids
+
+    def note(kept: int) -> list[int]:
+        return _encode(Piece(_CUT.format(len(ids) - kept), True), tokenizer)
+
+    kept = room - len(note(0))
+    while kept > 1 and kept + len(note(kept)) > room:  # another number may take more tokens
+        kept -= 1
+    if kept < 2:
+        return ids[:room]
+    head = kept // 2
+    return [*ids[:head], *note(kept), *ids[len(ids) - (kept - head) :]]
