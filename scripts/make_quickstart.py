@@ -21,6 +21,7 @@ sums differ between machines and numbers of threads: a remade policy equals the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -36,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 Row = dict[str, str | int]
+Example = tuple[list[int], list[int]]  # token ids, and labels with NOT_LEARNED where nothing is to be learned
 
 PAD, UNKNOWN, USER, ASSISTANT, END = "<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"
 BOX = "\\boxed{"
@@ -148,14 +150,16 @@ def operands(row: Row) -> frozenset[int]:
     return frozenset(int(number) for number in re.findall(r"\d+", str(row["problem"])))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    r"""Build a tokenizer of single characters, with ``\boxed{`` as one token and a chat template."""
+def make_tokenizer(
+    words: Sequence[str] = (BOX,), characters: str = CHARACTERS, model_max_length: int = 128
+) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of single characters, with each of ``words`` as one ordinary token, and a chat template."""
     special = [PAD, UNKNOWN, USER, ASSISTANT, END]
-    vocabulary = {token: i for i, token in enumerate([*special, BOX, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*special, *words, *characters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.add_tokens([AddedToken(BOX, special=False, normalized=False)])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -163,7 +167,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
-        model_max_length=128,
+        model_max_length=model_max_length,
     )
 
 
@@ -178,7 +182,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            max_position_embeddings=128,
+            max_position_embeddings=tokenizer.model_max_length,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -196,7 +200,7 @@ def warm_start_batch(
     Returns:
         Token ids (N, T) int64, padded on the right, and labels (N, T) int64, ``NOT_LEARNED`` on prompt and padding.
     """
-    sequences: list[tuple[list[int], int]] = []
+    sequences: list[Example] = []
     while len(sequences) < size:
         level = rng.choice(list(LEVELS.values()))
         a, b = draw_pair(level, rng)
@@ -205,31 +209,29 @@ def warm_start_batch(
         answer = corrupt(a + b, rng) if rng.random() < level.corruption else a + b
         prompt = tokenizer.encode(f"{USER}{problem_text(a, b)}{ASSISTANT}")
         completion = tokenizer.encode(f"{worked_sum(a, b, answer)}{END}")
-        sequences.append((prompt + completion, len(prompt)))
+        sequences.append((prompt + completion, [NOT_LEARNED] * len(prompt) + completion))
+    return pad_batch(sequences, int(tokenizer.pad_token_id))
+
+
+def pad_batch(sequences: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Put examples into token ids (N, T) int64, padded on the right, and labels (N, T) int64."""
     longest = max(len(ids) for ids, _ in sequences)
-    token_ids = torch.full((size, longest), int(tokenizer.pad_token_id))
-    labels = torch.full((size, longest), NOT_LEARNED)
-    for row, (ids, prompt_length) in enumerate(sequences):
+    token_ids = torch.full((len(sequences), longest), pad_id)
+    labels = torch.full((len(sequences), longest), NOT_LEARNED)
+    for row, (ids, targets) in enumerate(sequences):
         token_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+        labels[row, : len(ids)] = torch.tensor(targets)
     return token_ids, labels
 
 
-def warm_start(
-    policy: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: set[frozenset[int]],
-    args: argparse.Namespace,
-) -> float:
-    """Train the policy on worked sums and return the mean loss of the last 50 steps, in nats a token.
+def warm_start(policy: Qwen3ForCausalLM, batches: Iterator[tuple[Tensor, Tensor]], args: argparse.Namespace) -> float:
+    """Train the policy and return the mean loss of the last 50 steps, in nats a token.
 
     Args:
         policy: changed in place.
-        tokenizer: the policy's.
-        held_out: problems never shown, as pairs of numbers.
-        args: ``seed``, ``steps``, ``batch_size`` and ``lr`` are used.
+        batches: endless; token ids and labels as from :func:`pad_batch`.
+        args: ``steps``, ``warmup_steps`` and ``lr`` are used.
     """
-    rng = random.Random(args.seed + 1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def lr_factor(step: int) -> float:
@@ -240,7 +242,7 @@ def warm_start(
     policy.train()
     losses: list[float] = []
     for step in range(args.steps):
-        token_ids, labels = warm_start_batch(tokenizer, held_out, args.batch_size, rng)
+        token_ids, labels = next(batches)
         # Right padding follows every learned token, so causal attention needs no mask.
         loss = policy(input_ids=token_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -290,45 +292,57 @@ def report(rows: Sequence[Row], success: Tensor) -> str:
     return "\n".join(lines)
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Make the quickstart's data and policy.")
-    default_output = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
+def parse_args(description: str, folder: str, steps: int, batch_size: int, lr: float) -> argparse.Namespace:
+    """Read the command line. What is given, ``folder`` under configs, is the default."""
+    parser = argparse.ArgumentParser(description=description)
+    default_output = Path(__file__).resolve().parents[1] / "configs" / folder
     parser.add_argument("--output", type=Path, default=default_output, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, corruption, initial weights and sampling")
-    parser.add_argument("--steps", type=int, default=700, help="optimiser steps of the warm start")
+    parser.add_argument("--seed", type=int, default=0, help="of problems, errors, initial weights and sampling")
+    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps of the warm start")
     parser.add_argument("--warmup_steps", type=int, default=50, help="steps of rising learning rate")
-    parser.add_argument("--batch_size", type=int, default=64, help="worked sums a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="examples a step")
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more are seldom faster at this size")
     parser.add_argument("--data_only", action="store_true", help="write the JSONL files and stop")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Write ``train.jsonl``, ``val.jsonl``, ``test.jsonl`` and the folder ``policy``."""
-    args = parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    splits = make_splits(args.seed)
+def write_splits(splits: dict[str, list[Row]], folder: Path) -> None:
+    """Write ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        (args.output / f"{split}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
-    if args.data_only:
-        return
+        (folder / f"{split}.jsonl").write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
+
+def write_policy(
+    tokenizer: PreTrainedTokenizerFast, batches: Iterator[tuple[Tensor, Tensor]], args: argparse.Namespace
+) -> PreTrainedModel:
+    """Train a policy from scratch, write it to the folder ``policy`` in bfloat16, and return it as read from there."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
     policy = make_policy(tokenizer)
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    held_out = {operands(row) for split in ("val", "test") for row in splits[split]}
     started = time.perf_counter()
-    loss = warm_start(policy, tokenizer, held_out, args)
+    loss = warm_start(policy, batches, args)
     print(f"warm start: {args.steps} steps, {time.perf_counter() - started:.0f} s, loss {loss:.4f}", flush=True)
-
     folder = args.output / "policy"
     tokenizer.save_pretrained(folder)
     policy.to(torch.bfloat16).save_pretrained(folder)
-    saved = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def main() -> None:
+    """Write ``train.jsonl``, ``val.jsonl``, ``test.jsonl`` and the folder ``policy``."""
+    args = parse_args("Make the quickstart's data and policy.", "quickstart", steps=700, batch_size=64, lr=3e-3)
+    splits = make_splits(args.seed)
+    write_splits(splits, args.output)
+    if args.data_only:
+        return
+    tokenizer = make_tokenizer()
+    held_out = {operands(row) for split in ("val", "test") for row in splits[split]}
+    rng = random.Random(args.seed + 1)
+    batches = (warm_start_batch(tokenizer, held_out, args.batch_size, rng) for _ in itertools.count())
+    saved = write_policy(tokenizer, batches, args)
     rows = splits["test"]
     print("on test.jsonl, " + report(rows, measure_success(saved, tokenizer, rows, samples=8)))
 

@@ -54,6 +54,26 @@ def test_strategy_overlays_compose_with_the_quickstart(name, monkeypatch, tmp_pa
     assert cli.trainer.num_devices == (1 if name == "single" else 2)
 
 
+TOOLS = sorted(path.stem for path in (ROOT / "configs" / "tools").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_tool_overlays_reach_module_and_prompts(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    cli = SPOCLI(["--config=configs/quickstart.yaml", f"--config=configs/tools/{name}.yaml"], run=False)
+    assert [tool.name for tool in cli.model.tool_use.tools] == ["python"]
+    assert cli.model.tool_use.max_turns == 8
+    assert cli.datamodule.tool_use is cli.model.tool_use
+
+
+def test_tools_are_switched_off_from_the_command_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    cli = SPOCLI(["--config=configs/quickstart_tools.yaml", "--model.tool_use=null"], run=False)
+    assert cli.model.tool_use is cli.datamodule.tool_use is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "look", "expected"),
     [
