@@ -1,5 +1,6 @@
 """The program as a user runs it, in processes of its own: fit, kill -9, resume, test, export; and its messages."""
 
+import csv
 import fcntl
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spo_lightning.cli import SPOCLI
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 8
@@ -181,16 +184,26 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--model.loss=CISPOLos"], ["Did you mean: CISPOLoss"]),
         (["--trainer.default_root_dir=/dev/null/x"], ["cannot write to trainer.default_root_dir"]),
         (["--model.policy.path=some/where/else"], ["no folder some/where/else"]),
+        (["--config=configs/tools/code_tags.yaml"], ["the tokenizer does not give <code>"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
-def test_mistakes_end_with_a_message_and_no_traceback(tmp_path, arguments, words):
-    done = spo(tmp_path, "fit", *arguments, check=False)
-    assert done.returncode == 2
-    output = done.stdout + done.stderr
-    assert "Traceback" not in output
+def test_mistakes_end_with_a_message(tmp_path, monkeypatch, capfd, arguments, words):
+    """In this process, which has everything imported already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo", *command(tmp_path, "fit", *arguments)[3:]])
+    with pytest.raises(SystemExit) as end:
+        SPOCLI()
+    assert end.value.code == 2
+    output = "".join(capfd.readouterr())
     for word in words:
         assert word in output
+
+
+def test_a_mistake_ends_the_program_with_status_2_and_no_traceback(tmp_path):
+    done = spo(tmp_path, "fit", "--data.train.path=nowhere.jsonl", check=False)
+    assert done.returncode == 2
+    assert "nowhere.jsonl" in done.stderr and "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
@@ -232,3 +245,28 @@ def test_help_needs_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for job in ("fit", "validate", "test", "estimate", "export"):
         assert f"\n  {job} " in done.stdout
+
+
+def test_a_run_with_tools_and_its_test_with_and_without(tmp_path):
+    """Nothing but configuration: the tool quickstart, cut short."""
+
+    def tools(job: str, *arguments: str) -> str:
+        short = ["--data.batch_size=16", "--data.num_iterations=1", "--data.benchmarks.calculation.source.max_rows=4"]
+        where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.val_check_interval=1"]
+        logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+        config = ["--config", str(ROOT / "configs" / "quickstart_tools.yaml")]
+        line = [sys.executable, "-m", "spo_lightning", job, *config, *short, *where, *logger, *arguments]
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        if "the sandbox for model-written programs cannot start" in done.stderr:
+            pytest.skip(done.stderr[-600:])
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    tools("fit")
+    rows = [row for path in tmp_path.rglob("metrics.csv") for row in csv.DictReader(path.open())]
+    trained = next(row for row in rows if row["tools/python/calls"])
+    assert float(trained["tools/python/calls"]) > 0 and float(trained["tools/turns_mean"]) > 0
+    assert float(trained["tools/python/unavailable"]) == 0
+    assert any(float(row["val/calculation/tool_turns"]) > 0 for row in rows if row["val/calculation/tool_turns"])
+    without = tools("test", "--ckpt_path=last", "--model.tool_use=null")
+    assert "test/calculation/avg_at_4" in without and "tool_turns" not in without
