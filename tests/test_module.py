@@ -177,7 +177,7 @@ def test_a_run_of_bad_steps_stops_and_says_where_the_dump_is(tmp_path):
 
 
 class Infinite(AdvantageEstimator):
-    def __call__(self, reward, baseline, num_tokens):
+    def __call__(self, reward, baseline, num_tokens, group=None):
         return torch.full_like(reward, torch.inf)
 
 

@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_loss_is_the_mean_over_sampled_tokens(folder: str) -> None:
     """Loss and gradient of ``-A log p`` over the sampled tokens, by a plain float64 loop."""
     advantage = TrajectoryNormalized()
-    experience = build_experience(rollouts(), torch.full((3,), 0.5, dtype=torch.float64), advantage)
+    experience = build_experience(rollouts(), torch.full((3,), 0.5, dtype=torch.float64), torch.arange(3), advantage)
     assert experience.num_tokens == sum(len(text) for parts in TRANSCRIPTS for sampled, text in parts if sampled)
     policy = load_policy(PolicyConfig(folder))
     _, _ = accumulate_gradient(

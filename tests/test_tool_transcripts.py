@@ -136,6 +136,19 @@ def test_chat_template_calls_several_in_a_turn() -> None:
     )
 
 
+def test_several_tools_at_once(python: PythonInterpreter) -> None:
+    program = '<tool_call>\n{"name": "python", "arguments": {"code": "2**10"}}\n</tool_call>'
+    unknown = '<tool_call>\n{"name": "search", "arguments": {}}\n</tool_call>'
+    turns = [[*tokens(call("one") + program + unknown), EOS], [*tokens("end"), EOS]]
+    completion, _ = play(turns, ToolUse([Echo(), python], ChatTemplateCalls(), max_result_tokens=2000))
+    responses = completion.text.partition("user\n")[2]
+    assert responses.startswith(
+        "<tool_response>\none\n</tool_response>\n<tool_response>\n1024\n</tool_response>\n<tool_response>\n"
+        "There is no tool 'search'; there is: echo, python. A call is written like this:"
+    )
+    assert responses.endswith("</tool_response>\nassistant\nend")
+
+
 def test_the_template_s_end_of_a_turn_is_put_in_where_the_model_ended_it_otherwise() -> None:
     turns = [call("one"), "end"]
     completion, _ = chat([[*tokens(turns[0]), OTHER_EOS], [*tokens(turns[1]), EOS]])

@@ -3,7 +3,8 @@
 from spo_lightning.algorithms.advantages import AdvantageEstimator, TokenNormalized, TrajectoryNormalized
 from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate
 from spo_lightning.algorithms.drift import DriftEstimator, KLEstimate, MeanAbsLogRatio, truncate_completion
-from spo_lightning.algorithms.forgetting import ConstantForgetting, EventTime, ForgettingRule, KLHalfLife
+from spo_lightning.algorithms.forgetting import ConstantForgetting, EventTime, ForgettingRule, FrozenStart, KLHalfLife
+from spo_lightning.algorithms.group_advantages import GroupNormalized, LeaveOneOut
 from spo_lightning.algorithms.linear_logprobs import linear_logprobs
 from spo_lightning.algorithms.logprobs import selected_logprobs
 from spo_lightning.algorithms.losses import CISPOLoss, GSPOLoss, PolicyLoss, PPOClipLoss
@@ -20,10 +21,13 @@ __all__ = [
     "DriftEstimator",
     "EventTime",
     "ForgettingRule",
+    "FrozenStart",
     "GSPOLoss",
+    "GroupNormalized",
     "ImportanceSampling",
     "KLEstimate",
     "KLHalfLife",
+    "LeaveOneOut",
     "MeanAbsLogRatio",
     "OffPolicyCorrection",
     "OffPolicyWeights",

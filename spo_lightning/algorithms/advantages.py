@@ -15,16 +15,24 @@ from spo_lightning.algorithms._checks import raise_problems, same_length_problem
 
 
 class AdvantageEstimator(ABC):
-    """Turns rewards and frozen baselines into one advantage a completion."""
+    """Turns rewards and frozen baselines into one advantage a completion.
+
+    Attributes:
+        needs_groups: whether it compares completions of one prompt with each other.
+    """
+
+    needs_groups: bool = False
 
     @abstractmethod
-    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor) -> Tensor:
+    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor, group: Tensor | None = None) -> Tensor:
         """Return the advantages of the global batch.
 
         Args:
             reward: (N,) float, finite.
             baseline: (N,) float, the tracker's value before any reward of this batch (SPO eq. 8).
             num_tokens: (N,) int, tokens the policy sampled, L_i of SPO++.
+            group: (N,) int64, the same for completions of one prompt that were drawn together; ``None`` when each
+                stands alone.
 
         Returns:
             (N,) float64, applied to each sampled token of its completion.
@@ -43,17 +51,21 @@ class TrajectoryNormalized(AdvantageEstimator):
 
     Args:
         eps: added to the standard deviation; not negative.
+        use_baseline: whether the tracker's value is taken off; without it this is REINFORCE, normalised over the batch
+            (the paper's ablation).
 
     Raises:
         ValueError: eps is negative or not finite.
     """
 
-    def __init__(self, eps: float = 1e-8) -> None:
+    def __init__(self, eps: float = 1e-8, use_baseline: bool = True) -> None:
         self.eps = _checked_eps("TrajectoryNormalized", eps)
+        self.use_baseline = use_baseline
 
-    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor) -> Tensor:
+    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor, group: Tensor | None = None) -> Tensor:
         """Return ``(A - mean) / (std + eps)``; shapes, dtypes and errors as in the base class."""
-        advantage, _ = _raw_advantages(reward, baseline, num_tokens)
+        used = baseline if self.use_baseline else torch.zeros_like(baseline)
+        advantage, _ = _raw_advantages(reward, used, num_tokens)
         if _all_equal(advantage):
             return torch.zeros_like(advantage)
         return (advantage - advantage.mean()) / (advantage.std(correction=1) + self.eps)
@@ -76,7 +88,7 @@ class TokenNormalized(AdvantageEstimator):
     def __init__(self, eps: float = 1e-8) -> None:
         self.eps = _checked_eps("TokenNormalized", eps)
 
-    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor) -> Tensor:
+    def __call__(self, reward: Tensor, baseline: Tensor, num_tokens: Tensor, group: Tensor | None = None) -> Tensor:
         """Return ``(A - token mean) / (token std + eps)``; shapes, dtypes and errors as in the base class."""
         advantage, tokens = _raw_advantages(reward, baseline, num_tokens)
         if _all_equal(advantage[tokens > 0]):

@@ -16,7 +16,13 @@ from spo_lightning.algorithms._checks import raise_problems
 
 
 class ForgettingRule(ABC):
-    """Turns drift and age into forgetting factors."""
+    """Turns drift and age into forgetting factors.
+
+    Attributes:
+        learns: whether rewards enter at all.
+    """
+
+    learns: bool = True
 
     @abstractmethod
     def __call__(self, drift: Tensor) -> Tensor:
@@ -97,6 +103,16 @@ class ConstantForgetting(ForgettingRule):
     def __call__(self, drift: Tensor) -> Tensor:
         """Return the factor once a prompt; shapes and dtypes as in the base class."""
         return torch.full_like(drift, self.factor)
+
+
+class FrozenStart(ForgettingRule):
+    """No reward changes a value: baselines and draws stay those of the start (the paper's stand-in for A*-PO)."""
+
+    learns = False
+
+    def __call__(self, drift: Tensor) -> Tensor:
+        """Return ones; shapes and dtypes as in the base class."""
+        return torch.ones_like(drift)
 
 
 class EventTime(ForgettingRule):

@@ -192,6 +192,8 @@ class ValueTracker:
         version, held = version.to("cpu"), self._version[rows]
         newest = held.scatter_reduce(0, position, version, reduce="amax")
         factor = self._checked(self.forgetting(mean_drift), rows) * self._discount(newest - held)
+        if not self.forgetting.learns:
+            return factor
         weight = self._discount(newest[position] - version)
 
         kept = factor * self._effective_count[rows]

@@ -42,6 +42,13 @@ class CollectedBatch:
         return torch.tensor([task.baseline for task in self.tasks], dtype=torch.float64)
 
     @property
+    def group(self) -> torch.Tensor:
+        """(B,) int64, the same for copies of a prompt that were drawn together."""
+        draws = [(task.iteration, task.group) for task in self.tasks]
+        numbers = {draw: number for number, draw in enumerate(dict.fromkeys(draws))}
+        return torch.tensor([numbers[draw] for draw in draws], dtype=torch.int64)
+
+    @property
     def ended(self) -> torch.Tensor:
         """(E,) int64, prompt indices of all that is no longer open."""
         return torch.tensor([task.prompt.index for task in (*self.tasks, *self.dropped)], dtype=torch.int64)

@@ -136,9 +136,10 @@ def test_a_push_in_mid_completion_changes_the_weights_of_the_tokens_that_follow(
     second = tied.push(engine)
     done = drain(engine)
     assert len(done) == 6
-    for completion in done:
+    assert any(set(completion.policy_versions.tolist()) == {first, second} for completion in done)
+    for completion in done:  # on a busy machine one server may be through before the other has begun
         versions = completion.policy_versions.tolist()
-        assert versions == sorted(versions) and set(versions) == {first, second}
+        assert versions == sorted(versions) and set(versions) <= {first, second}
         assert len(versions) == LONG
         assert logprob_error(tied.policy, completion) < TOLERANCE
 
