@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from spo_lightning.metrics import cluster_answer_groups, evaluation_metrics
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
-from spo_lightning.rollouts.tool_engine import num_results
+from spo_lightning.rollouts.tool_results import num_results
 
 
 class BenchmarkEvaluator:

@@ -12,7 +12,7 @@ from spo_lightning.algorithms import GroupNormalized, ImportanceSampling, OffPol
 from spo_lightning.algorithms.group_advantages import degenerate
 from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 from spo_lightning.rollouts.collector import Rollout
-from spo_lightning.rollouts.tool_engine import num_results
+from spo_lightning.rollouts.tool_results import num_results
 from spo_lightning.types import CompletionRecord
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts import TransformersEngine
-from spo_lightning.rollouts.tool_engine import ToolEngine, num_results
+from spo_lightning.rollouts.tool_engine import ToolEngine
+from spo_lightning.rollouts.tool_results import num_results
 from spo_lightning.tools.protocol import ToolResult
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import Completion, RolloutRequest, SamplingParams

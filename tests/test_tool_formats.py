@@ -30,7 +30,7 @@ class Fake(Tool):
         self.parameters = {"type": "object", "properties": properties, "required": list(required)}
 
     def call(self, arguments: Mapping[str, Any]) -> ToolResult:
-        raise NotImplementedError
+        raise AssertionError("a format reads calls and makes none")
 
 
 PYTHON = Fake()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from spo_lightning.algorithms import MeanAbsLogRatio, PPOClipLoss, TrajectoryNormalized
+from spo_lightning.algorithms import MeanAbsLogRatio, PPOClipLoss, TokenNormalized, TrajectoryNormalized
 from spo_lightning.callbacks import IterationCheckpoint
 from spo_lightning.data.loaders import Benchmark
 from spo_lightning.data.sources import PromptSource
@@ -89,6 +89,16 @@ def test_the_loss_is_the_mean_over_sampled_tokens(folder: str) -> None:
     for name, gradient in expected.items():
         ours = found.get(name, found.get(f"model.{name}"))
         torch.testing.assert_close(ours.double(), gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_token_measure_counts_sampled_tokens() -> None:
+    """SPO++ eq. 6 by hand: lengths 9, 15 and 2 without results, advantages -1/2, 1/2, -1/2."""
+    lengths, raw = [6 + 3, 1 + 3 + 11, 2], [-0.5, 0.5, -0.5]
+    half = torch.full((3,), 0.5, dtype=torch.float64)
+    experience = build_experience(rollouts(), half, torch.arange(3), TokenNormalized())
+    mean = sum(n * a for n, a in zip(lengths, raw, strict=True)) / sum(lengths)
+    variance = sum(n * (a - mean) ** 2 for n, a in zip(lengths, raw, strict=True)) / (sum(lengths) - 1)
+    assert experience.advantages.tolist() == pytest.approx([(a - mean) / (variance**0.5 + 1e-8) for a in raw])
 
 
 def test_drift_and_history_leave_results_out(folder: str) -> None:

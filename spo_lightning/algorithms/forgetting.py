@@ -106,7 +106,7 @@ class ConstantForgetting(ForgettingRule):
 
 
 class FrozenStart(ForgettingRule):
-    """No reward changes a value: baselines and draws stay those of the start (the paper's stand-in for A*-PO)."""
+    """No reward changes a value: baselines and draws stay those of the start (SPO's stand-in for A*-PO)."""
 
     learns = False
 

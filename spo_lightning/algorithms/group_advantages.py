@@ -46,7 +46,10 @@ class GroupNormalized(AdvantageEstimator):
 
 
 class LeaveOneOut(AdvantageEstimator):
-    """Compare each reward with the mean of the others in its group: RLOO (Ahmadian et al. 2024, arXiv 2402.14740)."""
+    """Compare each reward with the mean of the others in its group: RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
+
+    ``A_i = r_i - sum over j != i of r_j / (n - 1)``, which is ``n / (n - 1) * (r_i - group mean)``.
+    """
 
     needs_groups = True
 

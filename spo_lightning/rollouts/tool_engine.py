@@ -9,12 +9,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext, RolloutEngine
-from spo_lightning.rollouts.tool_results import encode_results
+from spo_lightning.rollouts.tool_results import encode_results, extended, last_turn, num_results, unfinished
 from spo_lightning.tools.call_pool import CallPool, Turn
 from spo_lightning.tools.protocol import BadCall, ToolCall
 from spo_lightning.tools.settings import ToolUse
@@ -237,7 +236,7 @@ class ToolEngine(RolloutEngine):
         calls = self._calls_of(conversation, completion)
         if calls:
             return (
-                self._final(completion, "length") if self._limit(conversation, completion) else _unfinished(completion)
+                self._final(completion, "length") if self._limit(conversation, completion) else unfinished(completion)
             )
         return completion if completion.finish_reason == "aborted" else self._final(completion)
 
@@ -265,7 +264,7 @@ class ToolEngine(RolloutEngine):
             self._statistics.limits[limit] += 1
             self._ready.append(self._final(completion, "length"))
             return
-        conversation.calling = _unfinished(completion)
+        conversation.calling = unfinished(completion)
         self._calls.begin(completion.request_id, calls, self.use.max_seconds - conversation.seconds)
 
     def _limit(self, conversation: _Conversation, completion: Completion) -> Limit | None:
@@ -297,7 +296,7 @@ class ToolEngine(RolloutEngine):
                 self._statistics.limits["tokens"] += 1
                 self._ready.append(self._final(completion, "length"))
                 continue
-            partial = _extended(completion, token_ids)
+            partial = extended(completion, token_ids)
             conversation.request = replace(conversation.request, partial=partial, urgent=True)
             answered.append(conversation)
         if answered:
@@ -319,14 +318,14 @@ class ToolEngine(RolloutEngine):
         """The calls of the last turn; none when the model has not ended it."""
         if completion.finish_reason != "stop" or not conversation.request.use_tools:
             return []
-        return self.use.format.calls(self._decode(_last_turn(completion)), self.use.tools)
+        return self.use.format.calls(self._decode(last_turn(completion)), self.use.tools)
 
     def _ends_turn(self, request: RolloutRequest) -> bool:
         """Whether a request's partial completion ends with calls that have no result."""
         partial = request.partial
         if partial is None or not len(partial.token_ids) or not partial.completion_mask[-1]:
             return False
-        turn = self._decode(_last_turn(partial))
+        turn = self._decode(last_turn(partial))
         stopped = any(string in turn for string in (*request.sampling.stop, *self.use.format.stop))
         if not stopped and int(partial.token_ids[-1]) not in self._eos:
             return False
@@ -335,33 +334,3 @@ class ToolEngine(RolloutEngine):
     def _decode(self, token_ids: Tensor) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
-
-
-def num_results(completion_mask: Tensor) -> int:
-    """Turns that were answered: runs of tokens that were not sampled."""
-    forced = ~completion_mask
-    begins = forced[1:] & ~forced[:-1]
-    return int(begins.sum()) + int(forced[:1].sum())
-
-
-def _last_turn(completion: Completion) -> Tensor:
-    """Token ids behind the last result."""
-    forced = (~completion.completion_mask).nonzero()
-    return completion.token_ids[int(forced[-1]) + 1 :] if len(forced) else completion.token_ids
-
-
-def _unfinished(completion: Completion) -> Completion:
-    return replace(completion, text="", finish_reason="aborted")
-
-
-def _extended(completion: Completion, token_ids: list[int]) -> Completion:
-    """The completion with tokens behind it that the policy did not sample."""
-    count = len(token_ids)
-    version = completion.policy_versions[-1:].expand(count)
-    return replace(
-        completion,
-        token_ids=torch.cat([completion.token_ids, torch.tensor(token_ids, dtype=torch.int64)]),
-        sampling_logprobs=torch.cat([completion.sampling_logprobs, torch.zeros(count)]),
-        completion_mask=torch.cat([completion.completion_mask, torch.zeros(count, dtype=torch.bool)]),
-        policy_versions=torch.cat([completion.policy_versions, version]),
-    )

@@ -1,12 +1,17 @@
-"""From the text of tool results to the tokens that a completion takes in."""
+"""Results of tools among the tokens of a completion: putting them in, and finding them again."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from spo_lightning.tools.protocol import Piece
+from spo_lightning.types import Completion
 
 _CUT = "\n[{} tokens left out]\n"
 
@@ -29,6 +34,41 @@ def encode_results(pieces: Sequence[Piece], tokenizer: Any, room: int) -> list[i
     share = left // max(1, sum(not piece.trusted for piece in pieces))
     parts = [ids if piece.trusted else _cut(ids, share, tokenizer) for ids, piece in zip(encoded, pieces, strict=True)]
     return [token for part in parts for token in part]
+
+
+def num_results(completion_mask: Tensor) -> int:
+    """Turns that were answered: runs of tokens that were not sampled.
+
+    Args:
+        completion_mask: (T,) bool, True where the policy sampled the token.
+    """
+    forced = ~completion_mask
+    begins = forced[1:] & ~forced[:-1]
+    return int(begins.sum()) + int(forced[:1].sum())
+
+
+def last_turn(completion: Completion) -> Tensor:
+    """Token ids behind the last result, (S,) int64."""
+    forced = (~completion.completion_mask).nonzero()
+    return completion.token_ids[int(forced[-1]) + 1 :] if len(forced) else completion.token_ids
+
+
+def unfinished(completion: Completion) -> Completion:
+    """The completion as one that can go on."""
+    return replace(completion, text="", finish_reason="aborted")
+
+
+def extended(completion: Completion, token_ids: list[int]) -> Completion:
+    """The completion with tokens behind it that the policy did not sample."""
+    count = len(token_ids)
+    version = completion.policy_versions[-1:].expand(count)
+    return replace(
+        completion,
+        token_ids=torch.cat([completion.token_ids, torch.tensor(token_ids, dtype=torch.int64)]),
+        sampling_logprobs=torch.cat([completion.sampling_logprobs, torch.zeros(count)]),
+        completion_mask=torch.cat([completion.completion_mask, torch.zeros(count, dtype=torch.bool)]),
+        policy_versions=torch.cat([completion.policy_versions, version]),
+    )
 
 
 def _encode(piece: Piece, tokenizer: Any) -> list[int]:
