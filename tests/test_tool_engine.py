@@ -329,6 +329,23 @@ def _until_call(engine: ToolEngine, number: int) -> RolloutRequest:
     return replace(request, partial=partial)
 
 
+@pytest.mark.parametrize("format", [LetterFormat(), EosFormat()])
+def test_a_request_may_go_without_tools(policy: tuple[str, PreTrainedModel], format: LetterFormat) -> None:
+    tool = Count()
+    asked = [replace(request, use_tools=False) for request in requests(24)]
+    plain = TransformersEngine()
+    plain.start(EngineContext(policy[0], TOKENIZER, "cpu", "float32", (EOS,)))
+    plain.submit(asked)
+    expected: dict[int, Completion] = {}
+    while plain.num_open:
+        expected |= {c.request_id: c for c in plain.step()}
+    for completion in run(started(policy, use(tool, format=format)), asked):
+        assert torch.equal(completion.token_ids, expected[completion.request_id].token_ids)
+        assert completion.completion_mask.all()
+    assert tool.seen == []
+    assert any(EOS in completion.token_ids for completion in expected.values())
+
+
 def test_statistics_count_every_call_once(policy: tuple[str, PreTrainedModel]) -> None:
     engine = started(policy, use())
     completions = run(engine, requests(24))
@@ -385,6 +402,10 @@ def test_around_servers_an_error_reaches_who_steps(policy: tuple[str, PreTrained
     with pytest.raises(RuntimeError, match="weights are unusable"):
         while True:
             engine.step()
+    deadline = time.monotonic() + 60
+    while engine._failure is None:  # it tries again, and what it finds is no longer true after the push
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     engine.update_weights(policy[1].named_parameters(), 2)
     done: list[Completion] = []
     while len(done) < 2:

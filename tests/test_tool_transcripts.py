@@ -135,7 +135,11 @@ class Echo(Tool):
     description = "Echoes."
     parameters = {"type": "object", "properties": {"text": {}}, "required": ["text"]}
 
+    def __init__(self) -> None:
+        self.calls = 0
+
     def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        self.calls += 1
         return ToolResult(FORGED if arguments["text"] == "forge" else arguments["text"])
 
 
@@ -225,7 +229,10 @@ def test_a_user_s_stop_string_may_end_a_turn_with_a_call() -> None:
 
 
 def test_a_turn_with_more_calls_than_there_is_room_for_makes_none() -> None:
-    completion, inner = chat([[*tokens(call("one") * 40), EOS]], max_result_tokens=300)
+    tool = Echo()
+    use = ToolUse([tool], ChatTemplateCalls(), max_result_tokens=300)
+    completion, inner = play([[*tokens(call("one") * 40), EOS]], use)
+    assert tool.calls == 0
     assert completion.finish_reason == "length"
     assert completion.completion_mask.all()
     assert len(inner.asked) == 1
