@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -32,6 +32,7 @@ from spo_lightning.callbacks import (
     SPOProgressBar,
     TrackerFigures,
 )
+from spo_lightning.callbacks.describe_run import DescribeRun
 from spo_lightning.callbacks.preemption import STOP_SIGNALS
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import ValueStart
@@ -122,16 +123,6 @@ def _class_names(base: type) -> list[str]:
     return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
 
 
-class LogConfig(SaveConfigCallback):
-    """Gives the resolved configuration to the MLflow run."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the YAML as an artifact and its leaves as hyper-parameters."""
-        for logger in trainer.loggers:
-            if isinstance(logger, SPOMLFlowLogger):
-                logger.log_config(self.parser.dump(self.config, skip_none=False))
-
-
 class SPOCLI(LightningCLI):
     """``spo fit | validate | test | estimate | export``."""
 
@@ -140,7 +131,7 @@ class SPOCLI(LightningCLI):
         super().__init__(
             SPOModule,
             SPODataModule,
-            save_config_callback=LogConfig,
+            save_config_callback=DescribeRun,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_class=SPOTrainer,
             trainer_defaults={
@@ -211,18 +202,19 @@ class SPOCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what cannot work before anything starts; find the checkpoint to resume from."""
-        if self.trainer.is_global_zero:
-            self._lock_folder()
+        self._lock_folder()
         self._load_data("fit")
         self._resolve_checkpoint()
 
     def before_validate(self) -> None:
-        """Load the benchmarks, find the checkpoint."""
+        """Load the benchmarks, find the checkpoint. A folder takes one run at a time, whichever job it does."""
+        self._lock_folder()
         self._load_data("validate")
         self._resolve_checkpoint(required=True)
 
     def before_test(self) -> None:
-        """Load the benchmarks, find the checkpoint."""
+        """Load the benchmarks, find the checkpoint. A folder takes one run at a time, whichever job it does."""
+        self._lock_folder()
         self._load_data("test")
         self._resolve_checkpoint(required=True)
 
@@ -244,6 +236,8 @@ class SPOCLI(LightningCLI):
 
     def _lock_folder(self) -> None:
         """Keep a second run out of this run's folder; the lock goes with the process, however it ends."""
+        if not self.trainer.is_global_zero:
+            return
         root = Path(self.trainer.default_root_dir)
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -283,7 +277,7 @@ class SPOCLI(LightningCLI):
             check_checkpoint(path, self.trainer.strategy)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
         for logger in self._mlflow_loggers if path is not None else []:
-            logger.resume_from(self.trainer.default_root_dir)
+            logger.resume_from(self.trainer.default_root_dir, trains=self.subcommand == "fit")
 
 
 def _fail(message: str) -> NoReturn:

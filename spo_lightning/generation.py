@@ -14,6 +14,7 @@ from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.batch_collector import BatchCollector, CollectedBatch
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout, RolloutCollector
+from spo_lightning.rollouts.dynamic_sampling import collect_informative
 from spo_lightning.rollouts.tool_engine import ToolEngine
 from spo_lightning.stages import StageTimer
 from spo_lightning.tools.settings import ToolUse
@@ -54,6 +55,7 @@ class Generation:
         self.ranks = ranks
         self.stages = stages
         self.sampling = sampling
+        self._dynamic = collection.dynamic_sampling
         self._batches = BatchCollector(ranks, collection, sampling, seed, stages)
         self._collector: RolloutCollector | None = None
         self.has_weights = False
@@ -107,7 +109,13 @@ class Generation:
 
     def collect(self, batch: PromptBatch) -> CollectedBatch:
         """Collect a training batch; the engine then sleeps until the next push."""
-        collected = self._batches.collect(batch, self.collector)
+        if self._dynamic:
+            collected = collect_informative(
+                batch,
+                lambda tasks: self._batches.collect_tasks(tasks, len(tasks), batch.iteration, self.collector),
+            )
+        else:
+            collected = self._batches.collect(batch, self.collector)
         self.engine.sleep()
         return collected
 

@@ -96,6 +96,17 @@ def signal_metrics(reward: Tensor, baseline: Tensor, group: Tensor) -> dict[str,
     return metrics
 
 
+def curriculum_metrics(baseline: Tensor) -> dict[str, float]:
+    """Which prompts a batch holds: the share of each fifth of the tracker's range, as ``curriculum/value_0.0_0.2``.
+
+    Args:
+        baseline: (N,) float64, values in [0, 1] when the prompts were drawn; a value on a border belongs above it.
+    """
+    fifth = (baseline * 5).floor().clamp(0, 4).long()
+    shares = torch.bincount(fifth, minlength=5).double() / len(baseline)
+    return {f"curriculum/value_{i / 5:.1f}_{(i + 1) / 5:.1f}": share for i, share in enumerate(shares.tolist())}
+
+
 def mismatch_metrics(
     old_logprobs: Sequence[Tensor], sampling_logprobs: Sequence[Tensor], correction: OffPolicyCorrection | None
 ) -> dict[str, float]:

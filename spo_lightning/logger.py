@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from argparse import Namespace
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from spo_lightning.mlflow_run import MlflowRun, clean_name, flatten, public_uri
+from spo_lightning.mlflow_run import DEFAULT_TRACKING_URI, SQLITE, MlflowRun, clean_name, flatten, public_uri
 from spo_lightning.outbox import Outbox, RequestRefused
 from spo_lightning.provenance import git_commit, package_versions
 
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TRACKING_URI = "sqlite:///mlflow/mlflow.db"
-SQLITE = "sqlite:///"
 RUN_FILE = "mlflow_run.json"
+RUN_TAGS = ("algorithm", "engine", "strategy", "devices", "seed")  # of every run: callbacks/describe_run.py
 UNSENT_FOLDER = "mlflow_unsent"
 FINAL_BUDGET_S = 60.0
 TERMINAL_STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -59,6 +59,8 @@ class SPOMLFlowLogger(MLFlowLogger):
         tracking_uri: Tracking server or data base, as ``http://localhost:5000`` or ``sqlite:///mlflow/mlflow.db``.
             Default: the environment variable MLFLOW_TRACKING_URI, else SQLite under ``mlflow/``.
         tags: Further tags of the run.
+        group: Name of a parent run that a new run is put under, such as all seeds of an algorithm; the first run of a
+            group makes it. MLflow's UI folds and unfolds it.
         artifact_location: Where a new experiment keeps artifacts. Default: for SQLite the folder ``artifacts`` beside
             the data base, otherwise the server's choice.
         run_id: Run to go on with instead of making a new one.
@@ -80,10 +82,11 @@ class SPOMLFlowLogger(MLFlowLogger):
         run_id: str | None = None,
         root_dir: str | None = None,
         retry_pause_s: float = 30.0,
+        group: str | None = None,
     ) -> None:
         Logger.__init__(self)  # not MLFlowLogger's: that opens the data base, on every rank and for every command
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
-        _validate(experiment_name, tracking_uri, retry_pause_s)
+        _validate(experiment_name, tracking_uri, retry_pause_s, group, tags or {})
         if tracking_uri.startswith(SQLITE):
             database = Path(tracking_uri.removeprefix(SQLITE)).absolute()
             tracking_uri = f"{SQLITE}{database}"
@@ -97,7 +100,9 @@ class SPOMLFlowLogger(MLFlowLogger):
         self._root_dir = Path(root_dir).absolute() if root_dir else None
         self._retry_pause_s = retry_pause_s
         self._started = self._killed = False
+        self._trains = True
         self.tags = tags
+        self.group = group
 
     @property
     def save_dir(self) -> str:
@@ -120,12 +125,18 @@ class SPOMLFlowLogger(MLFlowLogger):
         if self._root_dir is None:
             self._root_dir = Path(root_dir).absolute()
 
-    def resume_from(self, path: str | Path) -> None:
+    @property
+    def visits(self) -> bool:
+        """Whether an earlier process made the run and this one only adds to it: a test of its checkpoint."""
+        return self._resumed is not None and not self._trains
+
+    def resume_from(self, path: str | Path, trains: bool = True) -> None:
         """Go on with the run that an earlier process made. To be called before the trainer starts.
 
         Args:
             path: the earlier process's ``mlflow_run.json``, or the folder that holds it. Without such a file a new run
                 is made.
+            trains: whether this process trains. One that does not leaves status and tags of the run as they are.
 
         Raises:
             ValueError: the file is not one that this class wrote.
@@ -133,6 +144,7 @@ class SPOMLFlowLogger(MLFlowLogger):
         path = Path(path) / RUN_FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
             return
+        self._trains = trains
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             self._resumed = {"run_id": saved["run_id"], "num_resumes": int(saved["num_resumes"])}
@@ -168,6 +180,31 @@ class SPOMLFlowLogger(MLFlowLogger):
         """Log scalars of one step, which under manual optimisation is the iteration. ``epoch`` is left out."""
         values = {clean_name(name): float(value) for name, value in metrics.items() if name != "epoch"}
         self._put({"metrics": values, "step": step or 0, "timestamp": _now_ms()})
+
+    @rank_zero_only
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, replacing those of the same name."""
+        self._put({"tags": dict(tags)})
+
+    @rank_zero_only
+    def log_dataset(self, name: str, source: Mapping[str, Any], digest: str, num_rows: int, context: str) -> None:
+        """Log a data set that the run reads, which MLflow's UI shows as an input.
+
+        Args:
+            name: name to show.
+            source: where it comes from, a mapping of primitives: a hub data set has ``path``, a file ``uri``.
+            digest: hash of its content, at most 36 characters.
+            num_rows: rows that are used.
+            context: "training" or "evaluation".
+        """
+        fields = {
+            "name": name,
+            "digest": digest,
+            "source_type": "local" if "uri" in source else "hugging_face",
+            "source": json.dumps(dict(source)),
+            "profile": json.dumps({"num_rows": num_rows}),
+        }
+        self._put({"dataset": fields, "context": context})
 
     @rank_zero_only
     def log_config(self, yaml_text: str) -> None:
@@ -241,9 +278,11 @@ class SPOMLFlowLogger(MLFlowLogger):
             artifact_location=self._artifact_location,
             run_name=self._run_name or f"{self._folder.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             tags={**(self.tags or {}), **_provenance()},
+            group=self.group,
             run_id=self._given_run_id or resumed["run_id"],
             may_be_missing=self._given_run_id is None,
             num_resumes=resumed["num_resumes"] + 1 if self._given_run_id or self._resumed else 0,
+            visits=self.visits,
             staging=self._folder / UNSENT_FOLDER,
             on_open=self._write_run_file,
         )
@@ -297,14 +336,20 @@ class SPOMLFlowLogger(MLFlowLogger):
         (self._folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _validate(experiment_name: str, tracking_uri: str, retry_pause_s: float) -> None:
+def _validate(
+    experiment_name: str, tracking_uri: str, retry_pause_s: float, group: str | None, tags: Mapping[str, str]
+) -> None:
     problems = []
+    if taken := [name for name in tags if name in RUN_TAGS]:
+        problems.append(f"tags holds {', '.join(taken)}, which every run sets itself; choose another name")
     if not experiment_name:
         problems.append("experiment_name is empty; give the experiment a name")
     if ":" not in tracking_uri and tracking_uri != "databricks":
         problems.append(
             f"tracking_uri is {tracking_uri!r}; it must be a URI, as {DEFAULT_TRACKING_URI} or http://localhost:5000"
         )
+    if group is not None and not re.fullmatch(r"[\w/.\-: ]+", group):
+        problems.append(f"group is {group!r}; it must be a name of letters, digits, spaces and _ / . - :")
     if retry_pause_s < 0:
         problems.append(f"retry_pause_s is {retry_pause_s}; it must be 0 or more seconds")
     if problems:

@@ -61,7 +61,15 @@ class CompletionsMetric(Metric):
 
     def compute(self) -> Tensor:
         """Mean over the problems, float64 scalar."""
-        return torch.stack([self.score(reward, answer) for reward, answer in self._problems()]).mean()
+        return self._scores().mean()
+
+    def scores(self) -> Tensor:
+        """Value of every problem, (M,) float64 by problem number; every process must call it."""
+        with self.sync_context():
+            return self._scores()
+
+    def _scores(self) -> Tensor:
+        return torch.stack([self.score(reward, answer) for reward, answer in self._problems()])
 
     @abstractmethod
     def score(self, reward: Tensor, answer: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ import requests
 from spo_lightning.outbox import Record, RequestRefused, ServerAway, remove_if_empty
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ MAX_PARAMS_PER_REQUEST = 100
 MAX_NAME_LENGTH, MAX_VALUE_LENGTH = 250, 6000  # of parameters
 TABLES_TAG = "mlflow.loggedArtifacts"  # the UI shows the files listed in this tag as tables
 MAX_LISTED_TABLES = 80  # a tag holds 8,000 characters; MLflow cuts a longer one in the middle of its JSON
+SQLITE = "sqlite:///"
+DEFAULT_TRACKING_URI = f"{SQLITE}mlflow/mlflow.db"
+GROUP_TAG = "spo.group"  # of a run that only holds others
 RETRY_STATUS = (408, 429)  # answers that say "later" although they are in the 400s
 
 
@@ -42,9 +46,11 @@ class MlflowRun:
         artifact_location: where a new experiment keeps artifacts; ``None`` leaves it to the server.
         run_name: name of a new run.
         tags: tags of a new run.
+        group: name of a parent run that a new run is put under; ``None`` has none.
         run_id: run to go on with; ``None`` makes a new one.
         may_be_missing: a ``run_id`` that the server does not know is replaced by a new run, with a warning.
         num_resumes: how many processes have gone on with this run before and including this one.
+        visits: only adds to a run that is there already; its status stays as it is.
         staging: folder that holds the files named by artifact records.
         on_open: called once the run is open.
     """
@@ -54,9 +60,11 @@ class MlflowRun:
     artifact_location: str | None
     run_name: str | None
     tags: dict[str, str]
+    group: str | None
     run_id: str | None
     may_be_missing: bool
     num_resumes: int
+    visits: bool
     staging: Path
     on_open: Callable[[], None]
     experiment_id: str | None = None
@@ -66,13 +74,27 @@ class MlflowRun:
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The MLflow client. Making it opens a data base, and creates the tables of a new one."""
+        """The MLflow client. Making it opens a data base, and creates the tables of a new one.
+
+        MLflow's migrations fail side by side, so runs that start together take turns.
+        """
         from mlflow import MlflowClient, set_tracking_uri
 
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         set_tracking_uri(self.tracking_uri)  # artifact stores look it up
-        return MlflowClient(self.tracking_uri)
+        with self._alone():
+            return MlflowClient(self.tracking_uri)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other runs away from a SQLite file for a moment; servers look after themselves."""
+        if not self.tracking_uri.startswith(SQLITE):
+            yield
+            return
+        with Path(f"{self.tracking_uri.removeprefix(SQLITE)}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def open(self) -> None:
         """Make the run, or find it and set it to running. Raises ServerAway or RequestRefused."""
@@ -98,11 +120,14 @@ class MlflowRun:
                 self._send_params(record["params"])
             elif "tags" in record:
                 self._send_tags(record["tags"])
+            elif "dataset" in record:
+                self._send_dataset(record["dataset"], record["context"])
             elif "artifact" in record:
                 self._send_artifact(record["artifact"])
             elif "table" in record:
                 self._list_table(record["table"])
-            elif record["timestamp"] >= self._start_ms:  # an end kept by an earlier process is over: the run goes on
+            elif record["timestamp"] >= self._start_ms and not self.visits:
+                # an end that an earlier process kept is over: the run went on
                 self.client.set_terminated(self.run_id, record["status"], end_time=record["timestamp"])
 
     def _find(self) -> Run | None:
@@ -116,27 +141,59 @@ class MlflowRun:
                 raise
             state = "unknown"
         if state == "active":
-            self.client.update_run(self.run_id, status="RUNNING")
+            if not self.visits:
+                self.client.update_run(self.run_id, status="RUNNING")
             return run
         problem = f"run {self.run_id} is {state} at {public_uri(self.tracking_uri)}"
         if not self.may_be_missing:
             raise RequestRefused(f"{problem}; it must exist and not be deleted; correct or leave out run_id")
         log.warning("%s; a new run is made", problem)
-        self.num_resumes = 0
+        self.num_resumes, self.visits = 0, False
         return None
 
     def _create(self) -> Run:
-        experiment = self.client.get_experiment_by_name(self.experiment_name)
-        if experiment is None:
-            experiment_id = self.client.create_experiment(self.experiment_name, self.artifact_location)
-        elif experiment.lifecycle_stage == "deleted":
+        experiment = self._experiment()
+        if experiment.lifecycle_stage == "deleted":
             raise RequestRefused(
                 f"experiment {self.experiment_name!r} is deleted, and MLflow keeps its name; restore it "
                 f"(`mlflow experiments restore -x {experiment.experiment_id}`) or choose another experiment_name"
             )
-        else:
-            experiment_id = experiment.experiment_id
-        return self.client.create_run(experiment_id, tags=self.tags, run_name=self.run_name)
+        experiment_id = experiment.experiment_id
+        tags = dict(self.tags)
+        if self.group is not None:
+            with self._alone():
+                tags["mlflow.parentRunId"] = self._parent(experiment_id, self.group)
+        return self.client.create_run(experiment_id, tags=tags, run_name=self.run_name)
+
+    def _experiment(self) -> Experiment:
+        """The experiment, made if there is none, by this run or by another that begins at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(self.experiment_name)
+        if experiment is None:
+            try:
+                self.client.create_experiment(self.experiment_name, self.artifact_location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self.client.get_experiment_by_name(self.experiment_name)
+        return experiment
+
+    def _parent(self, experiment_id: str, group: str) -> str:
+        """Id of the group's run, made if there is none; of several made at the same time, the first."""
+
+        def find() -> list[Run]:
+            found = self.client.search_runs([experiment_id], f"tags.`{GROUP_TAG}` = '{group}'")
+            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+        if found := find():
+            return found[0].info.run_id
+        made = self.client.create_run(experiment_id, tags={GROUP_TAG: group}, run_name=group).info.run_id
+        self.client.set_terminated(made)
+        first = find()[0].info.run_id
+        if first != made:
+            self.client.delete_run(made)
+        return first
 
     def _send_metrics(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -167,6 +224,18 @@ class MlflowRun:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _send_dataset(self, fields: Mapping[str, str], context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        inputs = [DatasetInput(Dataset(**fields), [InputTag("mlflow.data.context", context)])]
+        try:
+            self.client.log_inputs(self.run_id, datasets=inputs)
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST":
+                raise
+            self.client.log_inputs(self.run_id, datasets=inputs)  # another run had just registered the same data set
 
     def _send_artifact(self, artifact_file: str) -> None:
         local = self.staging / artifact_file

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,15 +31,17 @@ from spo_lightning.algorithms import (
     PPOClipLoss,
     TrajectoryNormalized,
 )
-from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.value_start import ValueRow
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
-from spo_lightning.evaluation import BenchmarkEvaluator
+from spo_lightning.evaluation import BenchmarkResult, Evaluation, interval_metrics
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.generation import Generation
+from spo_lightning.generation_files import GenerationSettings, answered_folder
+from spo_lightning.intervals import estimate
 from spo_lightning.iteration_metrics import (
     completion_records,
+    curriculum_metrics,
     learning_metrics,
     mismatch_metrics,
     rollout_metrics,
@@ -66,6 +68,7 @@ from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.run_checks import check_benchmarks, check_engine, check_lengths, check_run, check_trainer
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
@@ -104,6 +107,7 @@ class SPOModule(LightningModule):
         push_tolerance: after every push of weights a few tokens are compared; the largest mean |difference| of their
             log-probabilities between engine and trainer. ``None`` goes by the dtypes, infinity compares nothing.
         seed: of rollouts and mini-batches.
+        algorithm: a label that runs are compared by; it changes nothing else.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -133,6 +137,7 @@ class SPOModule(LightningModule):
         max_skipped_steps: int = 5,
         push_tolerance: float | None = None,
         seed: int = 0,
+        algorithm: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -172,12 +177,16 @@ class SPOModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.push_tolerance = push_tolerance
         self.seed = seed
+        self.algorithm = algorithm
         self.guard = NonFiniteGuard(max_skipped_steps)
         self.stages = StageTimer()
         self.completions_seen = 0
+        self.tokens_seen = 0
         self.policy_version = 0
+        self.iterations_done = 0
         self.exported_path: Path | None = None
-        self._evaluators: dict[str, BenchmarkEvaluator] = {}
+        self.benchmark_results: dict[str, BenchmarkResult] = {}
+        self.generations_folder: Path | None = None
 
     # Set-up and take-down
 
@@ -218,86 +227,27 @@ class SPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what the module cannot do, before any work."""
         self.ranks = Ranks()
-        if self.tool_use is not None and self.engine.ranks_per_engine > 1:
-            raise ConfigError(
-                f"model.engine is shared by {self.engine.ranks_per_engine} ranks, which would not see results of tools "
-                "at the same moment; take an engine for each rank (tensor_parallel_size 1) or vLLM servers, or set "
-                "model.tool_use to null"
-            )
+        check_engine(self)
         self.generation = Generation(
             self.engine, self.reward, self.tool_use, self.ranks, self.stages, self.collection, self.sampling, self.seed
         )
-        if stage != "fit":
-            return
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ConfigError(
-                f"trainer.precision is {self.trainer.precision}; scaled fp16 gradients hide what is not finite, "
-                "use bf16-mixed or 32"
-            )
-        if self.policy_config.head == "liger" and (self.device.type != "cuda" or find_spec("liger_kernel") is None):
-            raise ConfigError(
-                f"model.policy.head is liger, which needs a CUDA device (this is {self.device}) and pip install -e "
-                ".[liger]; set it to torch"
-            )
-        if self.trainer.max_steps != -1:
-            raise ConfigError(
-                f"trainer.max_steps is {self.trainer.max_steps}; it counts optimiser steps and would end a run inside "
-                "an iteration, set data.num_iterations instead"
-            )
+        if stage == "fit":
+            check_trainer(self)
 
     def on_fit_start(self) -> None:
-        """Check the longest possible sequence against the micro-batch, and start the engine."""
+        """Refuse what does not go together, and start the engine."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        longest = data.max_prompt_tokens + self.sampling.max_tokens + self._tool_tokens
-        if longest > self.micro_batch_tokens:
-            with_tools = " + tool_use.max_tool_tokens" if self.tool_use else ""
-            raise ConfigError(
-                f"data.max_prompt_tokens + sampling.max_tokens{with_tools} is {longest}, more than "
-                f"micro_batch_tokens={self.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of them"
-            )
-        begins = self.ranks.gather(data.sampler.iteration)
-        if len(set(begins)) > 1:
-            raise ConfigError(
-                f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
-                "trainer.default_root_dir on a file system that all nodes share"
-            )
-        self._check_references({"train": data.dataset, **data.benchmark_prompts})
-        if self.policy_config.dtype == "bfloat16" and self.policy_config.lora is None:
-            rank_zero_warn(
-                "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
-                "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
-            )
-        if self.advantage.needs_groups and data.completions_per_prompt < 2:
-            raise ConfigError(
-                f"model.advantage is {type(self.advantage).__name__}, which compares completions of one prompt, and "
-                f"data.completions_per_prompt is {data.completions_per_prompt}; set it to at least 2"
-            )
-        if self.advantage.needs_groups and data.oversampling > 1 and not self.collection.whole_groups:
-            raise ConfigError(
-                f"model.advantage is {type(self.advantage).__name__}, which needs the completions of a prompt "
-                f"together, and data.oversampling is {data.oversampling}; set model.collection.whole_groups to true"
-            )
-        carries = data.oversampling > 1 and self.collection.unfinished == "carry"
-        if self.engine.runs_in_background and carries and self.collection.max_staleness == 0:
-            raise ConfigError(
-                "model.collection.max_staleness is 0 and the engine goes on while the policy trains: what it begins "
-                "then is one version old; allow at least 1, or set model.collection.unfinished to drop"
-            )
-        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            rank_zero_warn(
-                f"model.sampling has top_p {self.sampling.top_p} and top_k {self.sampling.top_k}: completions come "
-                "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
-            )
+        check_run(self, data, self.ranks.gather(data.sampler.iteration))
         self._start_engine()
-        self._check_lengths({"train": data.dataset, **data.benchmark_prompts})
+        check_lengths(self.engine, {"train": data.dataset, **data.benchmark_prompts})
 
     def on_validation_start(self) -> None:
         """Check the benchmarks' answers and lengths; during ``fit`` that has been done."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             benchmarks = self.trainer.datamodule.benchmark_prompts  # type: ignore[attr-defined]
-            self._check_references(benchmarks)
+            check_benchmarks(self.reward, benchmarks)
             self._start_engine()
-            self._check_lengths(benchmarks)
+            check_lengths(self.engine, benchmarks)
 
     on_test_start = on_validation_start
 
@@ -320,6 +270,7 @@ class SPOModule(LightningModule):
             "rollouts": self.generation.state_dict(),
             "guard": self.guard.state_dict(),
             "completions_seen": self.completions_seen,
+            "tokens_seen": self.tokens_seen,
             "optimizer": self._optimizer_name(),
         }
 
@@ -327,6 +278,8 @@ class SPOModule(LightningModule):
         """Take the counters and the open rollouts back."""
         self.guard.load_state_dict(checkpoint["spo"]["guard"])
         self.completions_seen = checkpoint["spo"]["completions_seen"]
+        self.tokens_seen = checkpoint["spo"]["tokens_seen"]
+        self.iterations_done = checkpoint["SPODataModule"]["sampler"]["iteration"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             saved, wanted = checkpoint["spo"]["optimizer"], self._optimizer_name()
             if saved != wanted:
@@ -379,34 +332,38 @@ class SPOModule(LightningModule):
             metrics |= tool_metrics(rollouts)
             metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
-        if decided:
-            outcome, advantages, learned = self._learn(batch, collected, decided)
+        if collected.learned:
+            outcome, advantages, learned = self._learn(batch, collected)
             metrics |= learned
             self.policy_version = batch.iteration + 1
         else:
-            outcome = build_outcome(rollouts, (), {}, self.drift_max_tokens, collected.ended)
+            outcome = self._only_observe(batch, collected)
             advantages = torch.empty(0, dtype=torch.float64)
-        self.completions_seen += len(rollouts)
+        if decided:
+            metrics |= signal_metrics(outcome.reward, collected.baseline[decided], collected.group[decided])
         tokens = sum(rollout.completion.num_sampled for rollout in rollouts)
+        self.completions_seen += len(rollouts)
+        self.tokens_seen += tokens + int(collected.metrics.get("collection/dropped_tokens", 0))
+        metrics |= {"progress/completions": float(self.completions_seen), "progress/tokens": float(self.tokens_seen)}
+        metrics |= curriculum_metrics(collected.baseline)
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
         self.log_dict(metrics, on_step=True, on_epoch=False)
-        by_row = dict(zip(decided, advantages.tolist(), strict=True))
+        by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, advantages.tolist(), strict=True))
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
         return {"outcome": outcome, "records": records}
 
-    def _learn(
-        self, batch: PromptBatch, collected: CollectedBatch, decided: list[int]
-    ) -> tuple[Outcome, Tensor, dict[str, float]]:
+    def _learn(self, batch: PromptBatch, collected: CollectedBatch) -> tuple[Outcome, Tensor, dict[str, float]]:
         """Score what must be, update the policy, and tell what came of it, with the normalised advantages.
 
         The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
         """
-        rollouts = collected.rollouts
-        experience = build_experience(rollouts, collected.baseline, collected.group, self.advantage)
-        previous = PreviousCompletions.of([rollouts[row] for row in decided], batch.previous)
+        rows = collected.learned
+        rollouts, baseline = [collected.rollouts[row] for row in rows], collected.baseline[rows]
+        experience = build_experience(rollouts, baseline, collected.group[rows], self.advantage)
+        previous = self._previous(batch, collected)
         minibatches = self._minibatches(len(experience), batch.iteration)
         old_logprobs = dict(enumerate(experience.sampling_logprobs)) if self.old_logprobs == "engine" else {}
-        later = [row for rows in minibatches[1:] for row in rows if row not in old_logprobs]
+        later = [row for part in minibatches[1:] for row in part if row not in old_logprobs]
         with self.stages("score"):
             scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
         drifts = previous.drifts(self.drift, scored[len(later) :])
@@ -414,13 +371,41 @@ class SPOModule(LightningModule):
         with self.stages("update"):
             metrics = self._update(experience, minibatches, old_logprobs, batch.iteration)
         ordered = [old_logprobs[row] for row in range(len(experience))]
-        outcome = build_outcome(rollouts, ordered, drifts, self.drift_max_tokens, collected.ended)
-        baseline, group = collected.baseline[decided], collected.group[decided]
-        metrics |= learning_metrics(outcome.reward, baseline, experience.advantages)
-        metrics |= signal_metrics(outcome.reward, baseline, group)
+        outcome = self._outcome(collected, dict(zip(rows, ordered, strict=True)), drifts)
+        reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
+        metrics |= learning_metrics(reward, baseline, experience.advantages)
         if self.old_logprobs == "trainer":  # otherwise the two are the same by construction
             metrics |= mismatch_metrics(ordered, experience.sampling_logprobs, self.correction)
         return outcome, experience.advantages, metrics
+
+    def _only_observe(self, batch: PromptBatch, collected: CollectedBatch) -> Outcome:
+        """What an iteration without an update teaches: every completion is undecided or discarded."""
+        previous = self._previous(batch, collected)
+        with self.stages("score"):
+            drifts = previous.drifts(self.drift, self.score(previous.sequences))
+        return self._outcome(collected, {}, drifts)
+
+    def _previous(self, batch: PromptBatch, collected: CollectedBatch) -> PreviousCompletions:
+        rollouts = collected.rollouts
+        return PreviousCompletions.of([rollouts[row] for row in decided_rows(rollouts)], batch.previous)
+
+    def _outcome(
+        self, collected: CollectedBatch, old_logprobs: Mapping[int, Tensor], drifts: dict[int, float]
+    ) -> Outcome:
+        """What the tracker and the history learn, also from what is discarded: values from kept groups would be biased.
+
+        Args:
+            collected: with N decided completions.
+            old_logprobs: by row; those that were discarded have none and keep the engine's.
+            drifts: D(x) by prompt index.
+        """
+        rollouts = collected.rollouts
+        completions = {row: rollouts[row].completion for row in decided_rows(rollouts)}
+        logprobs = [
+            old_logprobs[row] if row in old_logprobs else completion.sampling_logprobs[completion.completion_mask]
+            for row, completion in completions.items()
+        ]
+        return build_outcome(rollouts, logprobs, drifts, self.drift_max_tokens, collected.ended)
 
     def _minibatches(self, count: int, iteration: int) -> list[list[int]]:
         """Rows of each optimiser step, drawn alike on every rank."""
@@ -463,15 +448,19 @@ class SPOModule(LightningModule):
     # Benchmarks and the tracker's start
 
     def on_validation_epoch_start(self) -> None:
-        """Make ready to answer benchmarks with the present policy."""
+        """Make ready to answer benchmarks with the present policy; completions are kept outside of ``fit``."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._push_weights(max((d.longest for d in data.benchmark_prompts.values()), key=lambda p: len(p.token_ids)))
-        benchmarks = self.trainer.datamodule.benchmarks  # type: ignore[attr-defined]
-        with_tools = self.tool_use is not None
-        self._evaluators = {
-            name: BenchmarkEvaluator(benchmark.num_samples, self.device, with_tools)
-            for name, benchmark in benchmarks.items()
-        }
+        stage = cast(TrainerFn, self.trainer.state.fn)
+        place = (self.trainer.default_root_dir, stage.value, self.trainer.ckpt_path)
+        self.generations_folder = None if stage == TrainerFn.FITTING else answered_folder(*place)
+        self.benchmark_results = {}
+        self._evaluation = Evaluation(
+            [self._generation_settings(name) for name in data.benchmarks],
+            self.device,
+            self.generations_folder,
+            self.ranks,
+        )
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -479,7 +468,7 @@ class SPOModule(LightningModule):
         """Answer some problems of a benchmark."""
         name = zlib.crc32(batch.benchmark.encode())
         rollouts = self._sample(batch, self.eval_sampling, SeedStream.EVALUATION, name)
-        self._evaluators[batch.benchmark].update(rollouts, self.reward)
+        self._evaluation.add(batch.benchmark, rollouts, self.reward)
 
     test_step = validation_step
 
@@ -488,8 +477,10 @@ class SPOModule(LightningModule):
         self._log_benchmarks("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of every benchmark as ``test/<name>/…``."""
+        """Log the metrics of every benchmark as ``test/<name>/…``, with intervals, and their average."""
         self._log_benchmarks("test")
+        scores = {name: result.scores for name, result in self.benchmark_results.items()}
+        self.log_dict(interval_metrics(estimate(scores), "test"))
 
     def predict_step(self, batch: BenchmarkBatch, batch_idx: int, dataloader_idx: int = 0) -> list[ValueRow]:
         """Draw the tracker's start for some training prompts (Algorithm 2)."""
@@ -525,10 +516,29 @@ class SPOModule(LightningModule):
         ]
         return self.generation.sample(prompts, sampling, seeds)
 
+    def _generation_settings(self, name: str) -> GenerationSettings:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return GenerationSettings(
+            benchmark=name,
+            num_samples=data.benchmarks[name].num_samples,
+            num_problems=len(data.benchmark_prompts[name]),
+            with_tools=self.tool_use is not None,
+            policy=self.policy_config.path,
+            revision=self.policy_config.revision,
+            checkpoint=None if self.trainer.ckpt_path is None else str(self.trainer.ckpt_path),
+            sampling=asdict(self.eval_sampling),
+            seed=self.seed,
+            reward=type(self.reward).__name__,
+            source=asdict(data.benchmarks[name].source),
+        )
+
     def _log_benchmarks(self, prefix: str) -> None:
         self.ranks.wait()
-        for name, evaluator in self._evaluators.items():
-            self.log_dict(evaluator.compute(f"{prefix}/{name}"))
+        self.benchmark_results = self._evaluation.finish()
+        for name, result in self.benchmark_results.items():
+            self.log_dict(result.metrics(f"{prefix}/{name}"))
+        if self.trainer.state.fn != TrainerFn.FITTING and self.iterations_done:
+            self.log("step", float(self.iterations_done - 1))  # loggers take it as the step; the trainer's own is 0
 
     # The engine
 
@@ -551,7 +561,7 @@ class SPOModule(LightningModule):
                 max_model_len=min(
                     self.trainer.datamodule.max_prompt_tokens  # type: ignore[attr-defined]
                     + max(self.sampling.max_tokens, self.eval_sampling.max_tokens)
-                    + self._tool_tokens,
+                    + self.tool_tokens,
                     cast(Policy, self.policy).model.config.max_position_embeddings,
                 ),
                 revision=self.policy_config.revision,
@@ -561,7 +571,7 @@ class SPOModule(LightningModule):
         )
 
     @property
-    def _tool_tokens(self) -> int:
+    def tool_tokens(self) -> int:
         """Most tokens that tools add to a completion."""
         return 0 if self.tool_use is None else self.tool_use.max_tool_tokens
 
@@ -569,30 +579,6 @@ class SPOModule(LightningModule):
     def _generation_dtype(self) -> str:
         """What the policy computes in: bfloat16 under autocast, whatever its weights are kept in."""
         return "bfloat16" if self.trainer.precision.startswith("bf16") else self.policy_config.dtype
-
-    def _check_references(self, datasets: Mapping[str, PromptDataset]) -> None:
-        """Refuse gold answers that no completion could match."""
-        for name, dataset in datasets.items():
-            bad = self.reward.check_references(dataset.references)
-            if bad:
-                shown = ", ".join(f"{dataset.ids[i]} ({dataset.references[i]!r})" for i in bad[:5])
-                raise ConfigError(
-                    f"{len(bad)} of {len(dataset)} prompts of {name} have a reference answer that "
-                    f"{type(self.reward).__name__} cannot read: {shown}{', ...' if len(bad) > 5 else ''}; correct "
-                    "them, or take another reward"
-                )
-
-    def _check_lengths(self, datasets: Mapping[str, PromptDataset]) -> None:
-        """Refuse prompts that the engine has no room for."""
-        room = self.engine.max_model_len
-        for name, dataset in datasets.items():
-            tokens = len(dataset.longest.token_ids)
-            if tokens >= room:
-                raise ConfigError(
-                    f"prompt {dataset.longest.id} of {name} has {tokens} tokens and the engine takes {room} of prompt "
-                    "and completion together; lower data.max_prompt_tokens, which leaves longer prompts out, or raise "
-                    "the engine's max_model_len"
-                )
 
     def _push_weights(self, probe: Prompt) -> dict[str, float]:
         """Give the engine the present policy, and see that both agree on it.

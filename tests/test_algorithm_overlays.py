@@ -20,6 +20,7 @@ EXPECTED: dict[str, tuple[Any, ...]] = {
     "spo": SPO,
     "spo_plus_plus": ("TokenNormalized", 2.0, 1, "EventTime", *SPO[4:]),
     "grpo": ("GroupNormalized", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
+    "grpo_dynamic_sampling": ("GroupNormalized", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
     "rloo": ("LeaveOneOut", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
     "frozen_baseline": (*SPO[:3], "FrozenStart", "PrioritizedWeights", "DrawValues"),
     "no_baseline": SPO,
@@ -58,9 +59,14 @@ def test_overlays_run_with_equal_budgets(name: str, monkeypatch: pytest.MonkeyPa
     )
     assert found == EXPECTED[name]
     assert getattr(module.advantage, "use_baseline", True) == (name != "no_baseline")
-    assert module.completions_seen == 32
     rows = [row for path in tmp_path.rglob("metrics.csv") for row in csv.DictReader(path.open())]
+    assert ("collection/discarded_completions" in rows[0]) == (name == "grpo_dynamic_sampling")
+    thrown = sum(int(float(row.get("collection/discarded_completions", 0))) for row in rows)
+    missing = sum(int(float(row.get("collection/missing_groups", 0))) for row in rows)
+    assert module.completions_seen == 32 + thrown - 8 * missing
     assert ("signal/degenerate_groups" in rows[0]) == (found[2] > 1)
+    drawn = [float(row["progress/start_completions"]) for row in rows if row.get("progress/start_completions")]
+    assert drawn == ([24 * 8] if name == "frozen_baseline" else [])
     assert {"signal/reward_variance", "signal/near_zero_0.02"} <= set(rows[0])
 
 

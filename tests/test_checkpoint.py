@@ -207,6 +207,7 @@ def test_resumed_iterations_equal_uninterrupted_ones(tmp_path, schedule):
         assert torch.equal(value, rest.policy.state_dict()[name])
     assert torch.equal(data.tracker.value, rest_data.tracker.value)
     assert rest.completions_seen == module.completions_seen == 24
+    assert rest.tokens_seen == module.tokens_seen > 24
 
 
 @pytest.mark.parametrize("arguments", [{"every_n_iterations": 0}, {"keep": 0}])

@@ -246,6 +246,15 @@ def test_what_is_not_carried_is_dropped_and_drawn_anew(tmp_path):
         assert done.recorder.outcomes[iteration].ended.numel() == 8
 
 
+def test_tokens_of_what_is_dropped_count_as_generated(tmp_path):
+    done = run(tmp_path, collection=Collection(unfinished="drop"))
+    metrics = done.recorder.metrics
+    dropped = [each["collection/dropped_tokens"] for each in metrics]
+    assert all(4 <= count <= 4 * 24 for count in dropped)  # four rollouts, each begun
+    taken = sum(4 * each["completions/mean_length"] for each in metrics)
+    assert done.module.tokens_seen == round(taken + sum(dropped))
+
+
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_what_would_become_too_old_is_dropped_and_counted(tmp_path, most):
     never = SamplingParams(max_tokens=24)  # none ends before its 24 tokens: with "oldest" the rest grows old

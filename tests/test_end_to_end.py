@@ -140,9 +140,24 @@ def test_the_exported_policy_loads_and_equals_the_checkpoint(uninterrupted):
     assert tokenizer("1+2=?").input_ids == start("1+2=?").input_ids
 
 
+def assert_run_is_left_as_it_was(folder: Path) -> None:
+    """A test adds its metrics to the training run, at the iteration of its checkpoint, and changes nothing else."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["seed"] == "0"
+    assert run.data.tags["algorithm"] == "TrajectoryNormalized"
+    assert run.data.tags["engine"] == "TransformersEngine"
+    tested = client.get_metric_history(run.info.run_id, "test/arithmetic/avg_at_4")
+    assert [metric.step for metric in tested] == [ITERATIONS - 1]
+
+
 def test_test_and_export_take_the_last_checkpoint(uninterrupted):
     folder, _ = uninterrupted
-    tested = spo(folder, "test", "--ckpt_path=last")
+    tested = spo(folder, "test", "--ckpt_path=last", "--seed_everything=5", "--model.algorithm=other")
+    assert_run_is_left_as_it_was(folder)
     assert "test/arithmetic/avg_at_4" in tested.stdout
     assert "test/arithmetic/maj_at_4" in tested.stdout
     exported = spo(folder, "export", "--ckpt_path=last", f"--output={folder / 'exported'}")

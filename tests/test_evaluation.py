@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from spo_lightning.data import Benchmark, PromptSource
-from spo_lightning.evaluation import BenchmarkEvaluator
+from spo_lightning.evaluation import BenchmarkEvaluator, benchmark_rows
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import Completion, Grade, Prompt, SamplingParams
@@ -33,10 +33,14 @@ def test_metrics_of_a_hand_made_benchmark():
     evaluator = BenchmarkEvaluator(4, torch.device("cpu"))
     first = [(1.0, "0.5"), (1.0, "1/2"), (0.0, "3"), (None, "3")]  # maj: 2 votes against 2, a tie of 1 and 0
     second = [(0.0, None), (0.0, None), (1.0, "7"), (0.0, None)]  # maj: the only vote is right
-    evaluator.update([rollout(0, *row, length=6, finish="length") for row in first], Halves())
-    evaluator.update([rollout(5, *row) for row in second], Halves())
-    evaluator.update([], Halves())
-    metrics = evaluator.compute("val/x")
+    evaluator.update(benchmark_rows([rollout(5, *row) for row in second], Halves()))
+    evaluator.update(benchmark_rows([rollout(0, *row, length=6, finish="length") for row in first], Halves()))
+    evaluator.update(benchmark_rows([], Halves()))
+    result = evaluator.compute()
+    assert result.num_problems == 2
+    assert result.scores["avg_at_4"].tolist() == [2 / 4, 1 / 4]  # by problem number
+    assert result.scores["maj_at_4"].tolist() == [0.5, 1.0]
+    metrics = result.metrics("val/x")
     assert metrics == pytest.approx(
         {
             "val/x/avg_at_4": (2 / 4 + 1 / 4) / 2,

@@ -14,7 +14,7 @@ from spo_lightning.algorithms import (
     TrajectoryNormalized,
     ValueTracker,
 )
-from spo_lightning.iteration_metrics import signal_metrics
+from spo_lightning.iteration_metrics import curriculum_metrics, signal_metrics
 
 # A group of four, one of three (a completion was undecided), one of one, and one without signal; mixed up.
 REWARD = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
@@ -117,3 +117,15 @@ def test_signals_by_hand() -> None:
     four, three = 0.5 * 3**0.5, 3**0.5 / 3
     effective = [four, -four, three, -four, four, -2 * three, three]
     assert grouped["signal/group_advantage_variance"] == pytest.approx(statistics.variance(effective), rel=1e-4)
+
+
+def test_fifths_of_the_curriculum_by_hand() -> None:
+    """A value on a border belongs to the fifth above it, and 1 to the last."""
+    value = torch.tensor([0.0, 0.19, 0.2, 0.5, 0.6, 0.8, 0.99, 1.0], dtype=torch.float64)
+    assert curriculum_metrics(value) == {
+        "curriculum/value_0.0_0.2": 0.25,
+        "curriculum/value_0.2_0.4": 0.125,
+        "curriculum/value_0.4_0.6": 0.125,
+        "curriculum/value_0.6_0.8": 0.125,
+        "curriculum/value_0.8_1.0": 0.375,
+    }

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "spo_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LIGHTNING_ROOMS = (
     "module.py",
+    "run_checks.py",
     "policy_update.py",
     "data/datamodule.py",
     "callbacks/",

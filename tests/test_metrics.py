@@ -14,8 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pyarrow import parquet
 from torch import Tensor
 
+from spo_lightning.distributed import Ranks
+from spo_lightning.evaluation import BenchmarkEvaluator
+from spo_lightning.generation_files import BenchmarkRow, GenerationSettings, GenerationWriter
 from spo_lightning.metrics import (
     AverageAtK,
     CompletionsMetric,
@@ -201,17 +205,44 @@ def run_rank(rank: int, folder: str) -> None:
         for problem in shards[rank]:
             metrics.update(*tensors([row for row in rows if row[0] == problem]))
         results[name] = {key: tensor.item() for key, tensor in metrics.compute().items()}
+        scores = {key: metric.scores() for key, metric in metrics.items(copy_state=False)}
+        assert {key: values.mean().item() for key, values in scores.items()} == results[name]
+        assert scores["avg_at_4"].tolist() == [sum(row[2] for row in rows if row[0] == p) / 4 for p in range(8)]
+    results["kept"] = keep(Path(folder), [[[3], [0, 6], [4]], [[7, 1, 2, 5]]][rank])
     Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def keep(folder: Path, batches: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Keep and count the completions of some problems as one of the ranks; the means over all ranks."""
+    ranks = Ranks()
+    settings = GenerationSettings("b", 4, 8, True, "policy", None, None, {}, 0, "R", {})
+    writer = GenerationWriter(folder / f"kept_by_{ranks.world_size}.parquet", settings, ranks)
+    evaluator = BenchmarkEvaluator(4, torch.device("cpu"), with_tools=True)
+    for problems in batches:
+        rows = [
+            BenchmarkRow(p, s, f"p{p}", "", "", f"{p} {s}", None, None, a, r, "", 10**9 + 3 * p + s, "stop", p % 3)
+            for p, s, r, a in random_rows(8, 4)
+            if p in problems
+        ]
+        writer.write(rows)
+        evaluator.update(rows)
+    writer.finish()
+    return evaluator.compute().means
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     expected = computed(random_rows(8, 4), batch_size=32)
+    kept = keep(tmp_path, [range(8)])
+    assert kept["mean_length"] == 10**9 + 12  # 3 times 3.5, and 1.5: 32 bits would round it
     for rank in range(2):
         results = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert results.pop("kept") == kept
         assert results == dict.fromkeys(SHARDS, expected)
+    whole, parted = (parquet.read_table(tmp_path / f"kept_by_{n}.parquet") for n in (1, 2))
+    assert len(parted) == 32 and parted.equals(whole, check_metadata=True)
 
 
 class Equality:

@@ -13,12 +13,16 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.tracking import MlflowClient
 
 from spo_lightning.logger import SPOMLFlowLogger
@@ -162,6 +166,109 @@ def test_default_store_is_made_under_the_current_directory(tmp_path: Path, monke
     assert (tmp_path / "mlflow" / "mlflow.db").is_file()
     assert not (tmp_path / "mlflow" / "__init__.py").exists()
     assert json.loads((tmp_path / "run" / "mlflow_run.json").read_text())["run_id"] == logger.run_id
+
+
+def children(client: MlflowClient, experiment: str, parent: str) -> set[str]:
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {run.info.run_id for run in runs}
+
+
+def test_runs_of_a_group_share_a_parent(make: MakeLogger) -> None:
+    first, second, other = make(group="grpo"), make(group="grpo"), make(group="spo")
+    ids = [logger.run_id for logger in (first, second, other)]
+    client, experiment = first.experiment, first.experiment_id
+    parents = {run.info.run_name: run for run in client.search_runs([experiment], "tags.`spo.group` LIKE '%'")}
+    assert {name: run.info.status for name, run in parents.items()} == {"grpo": "FINISHED", "spo": "FINISHED"}
+    assert children(client, experiment, parents["grpo"].info.run_id) == set(ids[:2])
+    assert children(client, experiment, parents["spo"].info.run_id) == {ids[2]}
+
+
+def test_a_group_made_twice_at_the_same_time_has_one_parent(make: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = make(group="grpo"), make(group="grpo")
+    search, searches = MlflowClient.search_runs, []
+
+    def late(client: MlflowClient, *args: Any) -> Any:
+        """Let the second run begin between the first one's look for a parent and its making one."""
+        found = search(client, *args)
+        searches.append(args)
+        if len(searches) == 1:
+            assert second.run_id
+        return found
+
+    monkeypatch.setattr(MlflowClient, "search_runs", late)
+    ids = {first.run_id, second.run_id}
+    monkeypatch.undo()
+    parents = first.experiment.search_runs([first.experiment_id], "tags.`spo.group` = 'grpo'")
+    assert len(parents) == 1
+    assert children(first.experiment, first.experiment_id, parents[0].info.run_id) == ids
+
+
+def test_runs_that_start_together_on_a_new_data_base(make: MakeLogger, tmp_path: Path) -> None:
+    fresh = [make(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", root_dir=str(tmp_path / name)) for name in "abc"]
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(lambda logger: logger.run_id, fresh))) == 3
+
+
+def test_tags_and_data_sets_of_a_run(make: MakeLogger) -> None:
+    logger = make()
+    logger.log_tags({"algorithm": "grpo"})
+    logger.log_tags({"algorithm": "spo", "seed": "3"})
+    logger.log_dataset("train", {"path": "org/name", "split": "train"}, "0123", 17, "training")
+    logger.log_dataset("aime", {"uri": "aime.jsonl"}, "4567", 30, "evaluation")
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.tags["algorithm"] == "spo"
+    assert run.data.tags["seed"] == "3"
+    found = {
+        (i.dataset.name, i.dataset.digest, i.dataset.source_type, i.dataset.profile, i.tags[0].value)
+        for i in run.inputs.dataset_inputs
+    }
+    assert found == {
+        ("train", "0123", "hugging_face", '{"num_rows": 17}', "training"),
+        ("aime", "4567", "local", '{"num_rows": 30}', "evaluation"),
+    }
+    sources = {i.dataset.source for i in run.inputs.dataset_inputs}
+    assert sources == {'{"path": "org/name", "split": "train"}', '{"uri": "aime.jsonl"}'}
+
+
+def test_a_visit_leaves_the_status_of_a_run(make: MakeLogger, tmp_path: Path) -> None:
+    first = make()
+    first.log_metrics({"a": 1.0}, 0)
+    first.finalize("success")
+    visit = make()
+    visit.resume_from(tmp_path / "root", trains=False)
+    visit.log_metrics({"test/a": 1.0}, 0)
+    assert visit.visits
+    assert visit.run_id == first.run_id
+    assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
+    visit.finalize("failed")
+    assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
+
+
+def test_a_data_set_that_another_run_has_just_registered(make: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request fails as it does when two runs register the same data set at the same time."""
+    log_inputs, asked = MlflowClient.log_inputs, []
+
+    def first_fails(client: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        asked.append(args)
+        if len(asked) == 1:
+            raise MlflowException("UNIQUE constraint failed: datasets", error_code=BAD_REQUEST)
+        log_inputs(client, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", first_fails)
+    logger = make()
+    logger.log_dataset("train", {"uri": "train.jsonl"}, "0123", 17, "training")
+    assert len(logger.experiment.get_run(logger.run_id).inputs.dataset_inputs) == 1
+    assert logger.unsent_folder is None
+
+
+def test_tags_that_every_run_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match="tags holds seed, which every run sets itself; choose another name"):
+        SPOMLFlowLogger(tags={"seed": "1", "note": "mine"})
+
+
+def test_a_group_is_a_name() -> None:
+    with pytest.raises(ValueError, match=r"group is \"it's\"; it must be a name of letters"):
+        SPOMLFlowLogger(group="it's")
 
 
 def test_resume_goes_on_in_the_same_run(make: MakeLogger, tmp_path: Path) -> None:

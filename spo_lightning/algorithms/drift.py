@@ -44,7 +44,7 @@ class MeanAbsLogRatio(DriftEstimator):
 
     Not a divergence. It grows in proportion to a small change of the log-probabilities where a KL divergence grows with
     the square of it, so it lies above the KL for all but large changes, and numerical noise between two forward passes
-    enters it at full size. The recipe's half life of 0.06 is fitted to this scale.
+    enters it at full size. The recipe's half life of 0.06 goes with this scale.
     """
 
     def __call__(self, acting_logprobs: Tensor, stored_logprobs: Tensor, lengths: Tensor) -> Tensor:

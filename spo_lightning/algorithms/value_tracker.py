@@ -54,14 +54,14 @@ class ValueTracker:
 
     @property
     def value(self) -> Tensor:
-        """Expected reward of every prompt, (M,) float64. The live column, not a copy: read it, do not write to it."""
+        """Expected reward of every prompt, (M,) float64. The live column, not a copy; read it, do not write to it."""
         return self._value
 
     @property
     def effective_count(self) -> Tensor:
         """Rewards that each value is worth as of its own ``version``, (M,) float64; see also ``effective_count_at``.
 
-        The live column, not a copy: read it, do not write to it.
+        The live column, not a copy; read it, do not write to it.
         """
         return self._effective_count
 
@@ -69,7 +69,7 @@ class ValueTracker:
     def version(self) -> Tensor:
         """Newest policy version among the rewards of every prompt, (M,) int64, 0 at the start.
 
-        The live column, not a copy: read it, do not write to it.
+        The live column, not a copy; read it, do not write to it.
         """
         return self._version
 

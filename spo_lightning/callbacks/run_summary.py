@@ -1,19 +1,21 @@
-"""What a run leaves behind, and what it cost, printed when training ends or is interrupted."""
+"""What a run leaves behind, and what it cost, printed when training or a test ends or is interrupted."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 
+from spo_lightning.benchmark_table import render_table
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.logger import SPOMLFlowLogger
+from spo_lightning.module import SPOModule
 from spo_lightning.stages import StageTimer
 from spo_lightning.types import PromptBatch
 
@@ -23,6 +25,8 @@ UI_COMMAND = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.
 
 class RunSummary(Callback):
     """Prints where checkpoint, exported policy and MLflow run are, and seconds per 1,000 completions by stage.
+
+    Of a test or a validation alone it prints the benchmarks as a row of the paper's table.
 
     Counts and times are those of this process: a resumed run starts from zero.
     """
@@ -60,12 +64,16 @@ class RunSummary(Callback):
             self._reward_means.append(sum(decided) / len(decided))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print at the end of a fit."""
+        """Print at the end."""
         if stage == "fit":
             self._print(trainer, pl_module, "finished")
+        elif isinstance(pl_module, SPOModule) and pl_module.benchmark_results and trainer.is_global_zero:
+            _print_benchmarks(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Print when the fit is interrupted or fails; the error itself follows."""
+        """Print when the run is interrupted or fails; the error itself follows."""
+        if isinstance(pl_module, SPOModule) and trainer.is_global_zero:
+            _print_kept_batches(pl_module)
         self._print(trainer, pl_module, f"stopped by {type(exception).__name__}")
         saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
         if saved and trainer.is_global_zero:
@@ -77,7 +85,7 @@ class RunSummary(Callback):
         rows = [*self._cost(), *_places(trainer, pl_module)]
         first, last = self._iterations[0] + 1, self._iterations[-1] + 1
         print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
-        print("\n".join(f"  {name:<16} {text}" for name, text in rows), flush=True)
+        print(_listed(rows), flush=True)
         self._reset()  # an exception during teardown must not print again
 
     def _cost(self) -> Iterator[tuple[str, str]]:
@@ -88,6 +96,24 @@ class RunSummary(Callback):
         shares = {**self._stage_seconds, "other": other}
         split = ", ".join(f"{stage} {seconds / self._seconds:.0%}" for stage, seconds in shares.items())
         yield "time", f"{1000 * self._seconds / self._completions:.1f} s per 1,000 completions: {split}"
+
+
+def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:
+    answered = module.policy_config.path if trainer.ckpt_path is None else f"checkpoint {trainer.ckpt_path}"
+    rows = [("completions", f"{module.generations_folder}/*.parquet; spo score computes the table from them")]
+    rows += [place for place in _places(trainer, module) if "checkpoint" not in place[0]]
+    print(f"\nBenchmarks of {answered}\n\n{render_table(module.benchmark_results)}\n")
+    print(_listed(rows), flush=True)
+
+
+def _print_kept_batches(module: SPOModule) -> None:
+    folder = module.generations_folder
+    if folder is not None and any(folder.glob("*.parts/*.parquet")):
+        print(f"\nfinished batches are kept; spo score reads them: {folder}/*.parts/*.parquet", flush=True)
+
+
+def _listed(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<16} {text}" for name, text in rows)
 
 
 def _places(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, str]]:

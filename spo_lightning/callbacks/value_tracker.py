@@ -22,11 +22,18 @@ class ValueTrackerCallback(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the tracker's start values with the initial policy, when the data module asks for it (Algorithm 2)."""
+        """Draw the tracker's start values with the initial policy, when the data module asks for it (Algorithm 2).
+
+        What they cost is logged as ``progress/start_completions``, also if they come from a file.
+        """
         data = cast(SPODataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        if not data.needs_drawn_start:
-            return
-        module = cast(SPOModule, pl_module)
+        if data.needs_drawn_start:
+            self._draw_start(trainer, cast(SPOModule, pl_module), data)
+        if data.start_completions:
+            for logger in trainer.loggers:
+                logger.log_metrics({"progress/start_completions": float(data.start_completions)}, step=0)
+
+    def _draw_start(self, trainer: Trainer, module: SPOModule, data: SPODataModule) -> None:
         batches = data.estimate_batches(cast(DrawValues, data.value_start).num_samples)
         rows = []
         index = {prompt_id: position for position, prompt_id in enumerate(data.dataset.ids)}

@@ -75,6 +75,7 @@ class SPODataModule(LightningDataModule):
     Attributes:
         dataset: training prompts, from ``setup`` on.
         tokenizer: the policy's tokenizer, from ``setup`` on.
+        start_completions: completions that the start values were drawn from; 0 until they are known.
 
     Raises:
         ValueError: arguments out of range.
@@ -135,6 +136,7 @@ class SPODataModule(LightningDataModule):
         self._stream: TrainingStream | None = None
         self._pending_state: Mapping[str, Any] | None = None
         self._has_start = False
+        self.start_completions = 0
         self._estimate: tuple[int, Collection[str]] | None = None
         self._check()
 
@@ -276,6 +278,7 @@ class SPODataModule(LightningDataModule):
         """Start the tracker (SPO Algorithm 2); warn of prompts that are left at the prior."""
         self.tracker.initialize(start.index, start.reward_sum, start.num_samples, self.smoothing)
         self._has_start = True
+        self.start_completions = int(start.num_samples.sum())
         if start.unmatched:
             rank_zero_warn(f"{start.unmatched} entries of the start values belong to no training prompt; not used")
         if start.missing and not isinstance(self.value_start, PriorStart):

@@ -10,7 +10,15 @@ import torch
 
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
-from spo_lightning.rollouts.collection import Collection, OpenRollout, Unit, full_batch, too_old, units
+from spo_lightning.rollouts.collection import (
+    Collection,
+    OpenRollout,
+    Unit,
+    collection_metrics,
+    full_batch,
+    too_old,
+    units,
+)
 from spo_lightning.rollouts.collector import Rollout, RolloutCollector
 from spo_lightning.rollouts.open_state import pack, unpack
 from spo_lightning.seeding import SeedStream, derive_seed
@@ -22,19 +30,26 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class CollectedBatch:
-    """What one iteration learns from, and what else has ended.
+    """What was completed and graded for one iteration, and what else has ended.
 
     Attributes:
-        tasks: B tasks, in the order they were drawn.
-        rollouts: their B graded completions.
-        dropped: tasks that were given up.
+        tasks: N tasks, in the order they were drawn; N is B unless there is dynamic sampling.
+        rollouts: their N graded completions.
+        dropped: tasks that were given up, or never begun.
         metrics: ``collection/...``.
+        discarded: rows of ``rollouts`` that the policy does not learn from (``dynamic_sampling``).
     """
 
     tasks: list[RolloutTask]
     rollouts: list[Rollout]
     dropped: list[RolloutTask]
     metrics: dict[str, float]
+    discarded: frozenset[int] = frozenset()
+
+    @property
+    def learned(self) -> list[int]:
+        """Rows that the policy learns from: decided and not discarded."""
+        return [row for row, r in enumerate(self.rollouts) if r.grade.decided and row not in self.discarded]
 
     @property
     def baseline(self) -> torch.Tensor:
@@ -88,27 +103,40 @@ class BatchCollector:
             batch: what is new; all engines hold the weights of version ``batch.iteration``.
             collector: of this rank's engine.
         """
+        return self.collect_tasks(batch.tasks, batch.size, batch.iteration, collector)
+
+    def collect_tasks(
+        self, tasks: Sequence[RolloutTask], size: int, version: int, collector: RolloutCollector
+    ) -> CollectedBatch:
+        """Begin some tasks, wait until enough rollouts have finished, and grade those.
+
+        Args:
+            tasks: what is new.
+            size: rollouts to wait for.
+            version: of the weights that all engines hold.
+            collector: of this rank's engine.
+        """
         carried = len(self.open)
-        outdated = self._drop_older(batch.iteration, collector)
-        self.open |= {task.key: OpenRollout(task) for task in batch.tasks}
+        outdated = self._drop_older(version, collector)
+        self.open |= {task.key: OpenRollout(task) for task in tasks}
         candidates = units(self.open.values(), self.settings.whole_groups)
-        mine, size = self._share(candidates, batch.size, collector)
+        mine, wanted = self._share(candidates, size, collector)
         with self.stages("rollout"):
             ready = self._submit(mine, collector)
-            taken = self._wait(mine, size, collector)
+            taken = self._wait(mine, wanted, collector)
         with self.stages("exchange"):
             keys = self._exchange(mine, taken, collector)
         everyone = list(self.open.values())
         chosen = [self.open.pop(key) for key in sorted(keys)]
         unwanted = list(self.open) if self.settings.unfinished == "drop" else []
-        dropped = [*outdated, *self._drop(unwanted, collector), *self._drop_older(batch.iteration + 1, collector)]
+        dropped = [*outdated, *self._drop(unwanted, collector), *self._drop_older(version + 1, collector)]
         for rollout in self.open.values():
             rollout.finished_at = 0
-        metrics = _metrics(batch.iteration, carried, chosen, everyone, dropped)
+        metrics = collection_metrics(version, carried, chosen, everyone, dropped)
         metrics["collection/ready"] = self.ranks.sum({"ready": float(ready if self._leads(collector) else 0)})["ready"]
-        tasks = [rollout.task for rollout in chosen]
-        rollouts = self._grade(tasks, [_completion(rollout) for rollout in chosen], collector)
-        return CollectedBatch(tasks, rollouts, [rollout.task for rollout in dropped], metrics)
+        taken_tasks = [rollout.task for rollout in chosen]
+        rollouts = self._grade(taken_tasks, [_completion(rollout) for rollout in chosen], collector)
+        return CollectedBatch(taken_tasks, rollouts, [rollout.task for rollout in dropped], metrics)
 
     def state_dict(self, collector: RolloutCollector | None) -> dict[str, Any]:
         """What is open, as tensors and primitives; see ``open_state.pack``. Rank 0's is complete."""
@@ -128,6 +156,11 @@ class BatchCollector:
             ConfigError: the configuration has changed so that what was open cannot go on.
         """
         self.open = {rollout.task.key: rollout for rollout in unpack(state, prompt_at)}
+        if self.open and self.settings.dynamic_sampling:
+            raise ConfigError(
+                f"the checkpoint holds {len(self.open)} completions that were carried over, and "
+                "model.collection.dynamic_sampling carries nothing over; resume without it"
+            )
         most = max((rollout.length for rollout in self.open.values() if not rollout.finished), default=0)
         if most >= self.sampling.max_tokens:
             raise ConfigError(
@@ -256,31 +289,3 @@ def _completion(rollout: OpenRollout) -> Completion:
     if rollout.completion is None:
         raise AssertionError(f"task {rollout.task.key} was taken before it began")
     return rollout.completion
-
-
-def _metrics(
-    version: int,
-    carried: int,
-    chosen: list[OpenRollout],
-    everyone: list[OpenRollout],
-    dropped: list[OpenRollout],
-) -> dict[str, float]:
-    """Ages and lengths; the gap between kept and started lengths is the bias towards short completions.
-
-    Lengths of what is unfinished count as far as they have come, so the bias is at least what is logged.
-    """
-
-    def mean(values: list[int]) -> float:
-        return sum(values) / len(values)
-
-    ages = [rollout.staleness(version) for rollout in chosen]
-    kept, started = mean([rollout.length for rollout in chosen]), mean([rollout.length for rollout in everyone])
-    return {
-        "collection/carried_in": float(carried),
-        "collection/open": float(len(everyone)),
-        "collection/dropped": float(len(dropped)),
-        "collection/staleness_mean": mean(ages),
-        "collection/staleness_max": float(max(ages)),
-        "collection/kept_length_mean": kept,
-        "collection/started_length_mean": started,
-    }

@@ -22,19 +22,28 @@ class Collection:
         max_staleness: most versions that may lie between the policy that sampled a completion's first token and the one
             that learns from it; what would become older is dropped. 0 never carries anything that has begun.
         whole_groups: take the copies of a prompt together or not at all (GRPO), instead of one by one.
+        dynamic_sampling: learn only from groups whose rewards differ, and begin further prompts of the draw in place of
+            the others (DAPO); ``data.oversampling`` bounds how many. Every request is waited for, so that ``take``,
+            ``unfinished`` and ``max_staleness`` have no effect.
 
     Raises:
-        ValueError: ``max_staleness`` is negative.
+        ValueError: ``max_staleness`` is negative, or ``dynamic_sampling`` is set without ``whole_groups``.
     """
 
     take: Literal["first-finished", "oldest"] = "first-finished"
     unfinished: Literal["carry", "drop"] = "carry"
     max_staleness: int = 4
     whole_groups: bool = False
+    dynamic_sampling: bool = False
 
     def __post_init__(self) -> None:
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness is {self.max_staleness}; it must be 0 or more versions")
+        if self.dynamic_sampling and not self.whole_groups:
+            raise ValueError(
+                "dynamic_sampling is true and whole_groups is false; groups are kept or thrown away as a whole, set "
+                "whole_groups to true"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -98,3 +107,39 @@ def full_batch(candidates: Sequence[Unit], size: int, take: str) -> list[Unit] |
 def too_old(unit: Unit, version: int, max_staleness: int) -> bool:
     """Whether a unit would be older than allowed when ``version`` learns from it."""
     return any(rollout.staleness(version) > max_staleness for rollout in unit)
+
+
+def collection_metrics(
+    version: int,
+    carried: int,
+    chosen: list[OpenRollout],
+    everyone: list[OpenRollout],
+    dropped: list[OpenRollout],
+) -> dict[str, float]:
+    """Ages and lengths; the gap between kept and started lengths is the bias towards short completions.
+
+    Lengths of what is unfinished count as far as they have come, so the bias is at least what is logged.
+
+    Args:
+        version: of the policy that learns.
+        carried: rollouts that were open before the draw.
+        chosen: what is learned from.
+        everyone: what was open, ``chosen`` included.
+        dropped: what was given up.
+    """
+
+    def mean(values: list[int]) -> float:
+        return sum(values) / len(values)
+
+    ages = [rollout.staleness(version) for rollout in chosen]
+    kept, started = mean([rollout.length for rollout in chosen]), mean([rollout.length for rollout in everyone])
+    return {
+        "collection/carried_in": float(carried),
+        "collection/open": float(len(everyone)),
+        "collection/dropped": float(len(dropped)),
+        "collection/dropped_tokens": float(sum(rollout.length for rollout in dropped)),
+        "collection/staleness_mean": mean(ages),
+        "collection/staleness_max": float(max(ages)),
+        "collection/kept_length_mean": kept,
+        "collection/started_length_mean": started,
+    }

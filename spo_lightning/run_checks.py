@@ -1,0 +1,139 @@
+"""What a run refuses, and what it warns of, before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from spo_lightning.data.prompt_dataset import PromptDataset
+from spo_lightning.errors import ConfigError
+from spo_lightning.intervals import AVERAGE
+from spo_lightning.protocols import Reward, RolloutEngine
+from spo_lightning.rollouts.dynamic_sampling import check_dynamic_sampling
+
+if TYPE_CHECKING:
+    from spo_lightning.data.datamodule import SPODataModule
+    from spo_lightning.module import SPOModule
+
+
+def check_engine(module: SPOModule) -> None:
+    """Refuse tools in an engine that several ranks share."""
+    if module.tool_use is not None and module.engine.ranks_per_engine > 1:
+        raise ConfigError(
+            f"model.engine is shared by {module.engine.ranks_per_engine} ranks, which would not see results of tools "
+            "at the same moment; take an engine for each rank (tensor_parallel_size 1) or vLLM servers, or set "
+            "model.tool_use to null"
+        )
+
+
+def check_trainer(module: SPOModule) -> None:
+    """Refuse what the trainer or the device cannot do for a training run."""
+    if module.trainer.precision in ("16-mixed", "16-true"):
+        raise ConfigError(
+            f"trainer.precision is {module.trainer.precision}; scaled fp16 gradients hide what is not finite, "
+            "use bf16-mixed or 32"
+        )
+    if module.policy_config.head == "liger" and (module.device.type != "cuda" or find_spec("liger_kernel") is None):
+        raise ConfigError(
+            f"model.policy.head is liger, which needs a CUDA device (this is {module.device}) and pip install -e "
+            ".[liger]; set it to torch"
+        )
+    if module.trainer.max_steps != -1:
+        raise ConfigError(
+            f"trainer.max_steps is {module.trainer.max_steps}; it counts optimiser steps and would end a run inside "
+            "an iteration, set data.num_iterations instead"
+        )
+
+
+def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> None:
+    """Refuse settings of a training run that do not go together, and warn of those that seldom do.
+
+    Args:
+        module: with its trainer attached.
+        data: with its prompts loaded.
+        begins: the iteration that each rank begins at.
+    """
+    longest = data.max_prompt_tokens + module.sampling.max_tokens + module.tool_tokens
+    if longest > module.micro_batch_tokens:
+        with_tools = " + tool_use.max_tool_tokens" if module.tool_use else ""
+        raise ConfigError(
+            f"data.max_prompt_tokens + sampling.max_tokens{with_tools} is {longest}, more than "
+            f"micro_batch_tokens={module.micro_batch_tokens}; raise model.micro_batch_tokens or lower one of them"
+        )
+    if len(set(begins)) > 1:
+        raise ConfigError(
+            f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
+            "trainer.default_root_dir on a file system that all nodes share"
+        )
+    check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
+    _check_collection(module, data)
+    if module.policy_config.dtype == "bfloat16" and module.policy_config.lora is None:
+        rank_zero_warn(
+            "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
+            "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
+        )
+    if module.sampling.top_p < 1 or module.sampling.top_k > 0:
+        rank_zero_warn(
+            f"model.sampling has top_p {module.sampling.top_p} and top_k {module.sampling.top_k}: completions come "
+            "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
+        )
+
+
+def _check_collection(module: SPOModule, data: SPODataModule) -> None:
+    if module.advantage.needs_groups and data.completions_per_prompt < 2:
+        raise ConfigError(
+            f"model.advantage is {type(module.advantage).__name__}, which compares completions of one prompt, and "
+            f"data.completions_per_prompt is {data.completions_per_prompt}; set it to at least 2"
+        )
+    if module.advantage.needs_groups and data.oversampling > 1 and not module.collection.whole_groups:
+        raise ConfigError(
+            f"model.advantage is {type(module.advantage).__name__}, which needs the completions of a prompt "
+            f"together, and data.oversampling is {data.oversampling}; set model.collection.whole_groups to true"
+        )
+    check_dynamic_sampling(module.collection, data.completions_per_prompt, data.oversampling)
+    carries = (
+        data.oversampling > 1 and module.collection.unfinished == "carry" and not module.collection.dynamic_sampling
+    )
+    if module.engine.runs_in_background and carries and module.collection.max_staleness == 0:
+        raise ConfigError(
+            "model.collection.max_staleness is 0 and the engine goes on while the policy trains: what it begins "
+            "then is one version old; allow at least 1, or set model.collection.unfinished to drop"
+        )
+
+
+def check_benchmarks(reward: Reward, datasets: Mapping[str, PromptDataset]) -> None:
+    """Refuse benchmarks whose answers cannot be read, or whose name is taken."""
+    if AVERAGE in datasets and len(datasets) > 1:
+        raise ConfigError(
+            f"a benchmark is called {AVERAGE}, which names the average over benchmarks; rename it in data.benchmarks"
+        )
+    check_references(reward, datasets)
+
+
+def check_references(reward: Reward, datasets: Mapping[str, PromptDataset]) -> None:
+    """Refuse gold answers that no completion could match."""
+    for name, dataset in datasets.items():
+        bad = reward.check_references(dataset.references)
+        if bad:
+            shown = ", ".join(f"{dataset.ids[i]} ({dataset.references[i]!r})" for i in bad[:5])
+            raise ConfigError(
+                f"{len(bad)} of {len(dataset)} prompts of {name} have a reference answer that "
+                f"{type(reward).__name__} cannot read: {shown}{', ...' if len(bad) > 5 else ''}; correct them, or "
+                "take another reward"
+            )
+
+
+def check_lengths(engine: RolloutEngine, datasets: Mapping[str, PromptDataset]) -> None:
+    """Refuse prompts that the engine, once started, has no room for."""
+    room = engine.max_model_len
+    for name, dataset in datasets.items():
+        tokens = len(dataset.longest.token_ids)
+        if tokens >= room:
+            raise ConfigError(
+                f"prompt {dataset.longest.id} of {name} has {tokens} tokens and the engine takes {room} of prompt "
+                "and completion together; lower data.max_prompt_tokens, which leaves longer prompts out, or raise the "
+                "engine's max_model_len"
+            )
