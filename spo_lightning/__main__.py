@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from importlib import import_module
 
-COMMANDS = ("fit", "validate", "test", "estimate", "export", "plan")
+COMMANDS = ("fit", "validate", "test", "estimate", "export", "plan", "score", "compare")
+WITHOUT_TRAINER = ("plan", "score", "compare")
 
 USAGE = """\
 usage: spo COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
@@ -20,6 +22,8 @@ commands:
   estimate   draw completions of every training prompt and write a value file for fit
   export     write the policy of a checkpoint as a Hugging Face folder
   plan       print what a configuration needs of each device's memory, without the devices
+  score      compute the benchmark metrics again from the generations that test kept, without the policy
+  compare    tables and figures of MLflow runs, seed by seed
 
 Configurations compose: a later --config or --key overrides what stands before it.
   spo fit --config configs/quickstart.yaml --model.num_minibatches 2
@@ -50,12 +54,8 @@ def main() -> None:
     # Idle OpenMP threads spin, by default so long that a small policy on two cores is ten times slower beside one busy
     # process; without any spinning it is twice as slow on an idle machine. Has to be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    if arguments[0] == "plan":
-        from spo_lightning.plan_command import run
-    else:
-        from spo_lightning.cli import run
-
-    run()
+    module = f"{arguments[0]}_command" if arguments[0] in WITHOUT_TRAINER else "cli"
+    import_module(f"spo_lightning.{module}").run()
 
 
 if __name__ == "__main__":
