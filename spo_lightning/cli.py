@@ -185,7 +185,7 @@ class SPOCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Tell the loggers where the run's files are."""
         for logger in self._mlflow_loggers:
-            logger.attach(self.trainer.default_root_dir)
+            logger.attach(self.trainer.default_root_dir, trains=(self.subcommand or "fit") == "fit")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the job; what the configuration got wrong ends it with a message instead of a traceback."""
@@ -277,7 +277,7 @@ class SPOCLI(LightningCLI):
             check_checkpoint(path, self.trainer.strategy)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
         for logger in self._mlflow_loggers if path is not None else []:
-            logger.resume_from(self.trainer.default_root_dir, trains=self.subcommand == "fit")
+            logger.resume_from(self.trainer.default_root_dir)
 
 
 def _fail(message: str) -> NoReturn:

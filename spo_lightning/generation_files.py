@@ -8,6 +8,7 @@ which are read like the whole; the next test moves them aside.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -18,10 +19,11 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow
-from lightning.pytorch.utilities import rank_zero_info
 from pyarrow import parquet
 
 from spo_lightning.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 _KEY = b"spo_lightning.generations"
 _TYPES = {
@@ -155,7 +157,7 @@ class GenerationWriter:
         if any(self.parts.glob("*.parquet")):
             last = datetime.fromtimestamp(self.parts.stat().st_mtime)
             kept = self.parts.rename(f"{self.parts}.{last:%Y%m%d-%H%M%S-%f}")
-            rank_zero_info(f"completions of an interrupted run moved aside; spo score reads them: {kept}/*.parquet")
+            log.warning("completions of an interrupted run moved aside; spo score reads them: %s/*.parquet", kept)
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def write(self, rows: Sequence[BenchmarkRow]) -> None:

@@ -120,8 +120,15 @@ class SPOMLFlowLogger(MLFlowLogger):
         folder = self._folder / UNSENT_FOLDER
         return folder if folder.exists() else None
 
-    def attach(self, root_dir: str | Path) -> None:
-        """Use ``root_dir`` unless the constructor was given one. To be called before the trainer starts."""
+    def attach(self, root_dir: str | Path, trains: bool = True) -> None:
+        """Say what this process does. To be called before the trainer starts.
+
+        Args:
+            root_dir: used unless the constructor was given one.
+            trains: a process that does not train leaves status and tags of a run that it goes on with as they are,
+                and writes no ``mlflow_run.json``: that names the run of the folder's checkpoints.
+        """
+        self._trains = trains
         if self._root_dir is None:
             self._root_dir = Path(root_dir).absolute()
 
@@ -130,13 +137,12 @@ class SPOMLFlowLogger(MLFlowLogger):
         """Whether an earlier process made the run and this one only adds to it: a test of its checkpoint."""
         return self._resumed is not None and not self._trains
 
-    def resume_from(self, path: str | Path, trains: bool = True) -> None:
+    def resume_from(self, path: str | Path) -> None:
         """Go on with the run that an earlier process made. To be called before the trainer starts.
 
         Args:
             path: the earlier process's ``mlflow_run.json``, or the folder that holds it. Without such a file a new run
                 is made.
-            trains: whether this process trains. One that does not leaves status and tags of the run as they are.
 
         Raises:
             ValueError: the file is not one that this class wrote.
@@ -144,7 +150,6 @@ class SPOMLFlowLogger(MLFlowLogger):
         path = Path(path) / RUN_FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
             return
-        self._trains = trains
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             self._resumed = {"run_id": saved["run_id"], "num_resumes": int(saved["num_resumes"])}
@@ -326,6 +331,8 @@ class SPOMLFlowLogger(MLFlowLogger):
         self._outbox.put(record)
 
     def _write_run_file(self) -> None:
+        if not self._trains:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         content = {
             "run_id": self._run.run_id,

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.tracking import MlflowClient
 
 from spo_lightning.logger import SPOMLFlowLogger
-from spo_lightning.mlflow_run import flatten, public_uri
+from spo_lightning.mlflow_run import MlflowRun, flatten, public_uri
 from spo_lightning.outbox import MAX_GROUP, Outbox, Record, RequestRefused, ServerAway
 from spo_lightning.provenance import git_commit
 
@@ -184,6 +184,8 @@ def test_runs_of_a_group_share_a_parent(make: MakeLogger) -> None:
 
 
 def test_a_group_made_twice_at_the_same_time_has_one_parent(make: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a server, where no lock keeps them apart."""
+    monkeypatch.setattr(MlflowRun, "_alone", lambda run: nullcontext())
     first, second = make(group="grpo"), make(group="grpo")
     search, searches = MlflowClient.search_runs, []
 
@@ -235,13 +237,23 @@ def test_a_visit_leaves_the_status_of_a_run(make: MakeLogger, tmp_path: Path) ->
     first.log_metrics({"a": 1.0}, 0)
     first.finalize("success")
     visit = make()
-    visit.resume_from(tmp_path / "root", trains=False)
+    visit.attach(tmp_path / "root", trains=False)
+    visit.resume_from(tmp_path / "root")
     visit.log_metrics({"test/a": 1.0}, 0)
     assert visit.visits
     assert visit.run_id == first.run_id
     assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
     visit.finalize("failed")
     assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
+
+
+def test_only_a_training_names_the_run_of_its_folder(make: MakeLogger, tmp_path: Path) -> None:
+    first = make()
+    first.log_metrics({"a": 1.0}, 0)
+    test_of_the_initial_policy = make()
+    test_of_the_initial_policy.attach(tmp_path / "root", trains=False)
+    assert test_of_the_initial_policy.run_id != first.run_id
+    assert json.loads((tmp_path / "root" / "mlflow_run.json").read_text())["run_id"] == first.run_id
 
 
 def test_a_data_set_that_another_run_has_just_registered(make: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
