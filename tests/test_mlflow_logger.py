@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -209,6 +210,13 @@ def test_runs_that_start_together_on_a_new_data_base(make: MakeLogger, tmp_path:
     fresh = [make(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", root_dir=str(tmp_path / name)) for name in "abc"]
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(lambda logger: logger.run_id, fresh))) == 3
+
+
+def test_runs_take_turns_with_a_data_base(make: MakeLogger, tmp_path: Path) -> None:
+    """MLflow's migrations fail between processes, so opening the client holds a lock."""
+    with make()._run._alone(), (tmp_path / "store" / "mlflow.db.lock").open() as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_tags_and_data_sets_of_a_run(make: MakeLogger) -> None:
