@@ -25,7 +25,7 @@ from spo_lightning.algorithms.linear_logprobs import ACCELERATOR_CHUNK_ELEMENTS,
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.memory_plan import EngineMemory, MicroBatchMemory, ModelSize, OptimizerMemory
 from spo_lightning.policy import decoder_layers
-from spo_lightning.rollouts.kv_cache import RowCache
+from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 
 # Whether a mask is needed depends on values, which fake tensors lack; this is sdpa where it is known that none is.
 _UNMASKED = "sdpa_unmasked"
@@ -198,7 +198,7 @@ class FakePolicy:
 
     def _cache_of_one_token(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        self.model.eval()(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, logits_to_keep=1)
+        self.model.eval()(torch.zeros(1, 1, dtype=torch.int64), logits_to_keep=1, **cache_keyword(self.model, cache))
         return cache
 
 
@@ -221,7 +221,7 @@ def _peak(model: Any, ids: Tensor, cache: Any, past: int = 0) -> int:
     existing = [*model.parameters(), *model.buffers(), *(x.keys for x in cache.layers if x.is_initialized)]
     with LiveBytes(existing) as memory:
         mask = torch.ones(rows, 1, new, past + new, dtype=torch.bool)
-        model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        model(ids, attention_mask=mask, logits_to_keep=1, **cache_keyword(model, cache))
     return memory.peak
 
 

@@ -29,7 +29,7 @@ from spo_lightning.memory_plan import (
     verdict,
 )
 from spo_lightning.memory_trace import FakePolicy, LiveBytes, measure_optimizer
-from spo_lightning.rollouts.kv_cache import RowCache
+from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 
 from tiny_models import make_char_tokenizer, make_model
@@ -405,15 +405,17 @@ def test_work_of_the_engine_is_what_the_allocator_reports(width, prompt_width):
     prefilled, cache = DynamicCache(config=config), RowCache(3)
     mask = torch.ones(5, width + 1, dtype=torch.bool)
     mask[0, 0] = False
-    model(torch.zeros(5, width, dtype=torch.int64), attention_mask=mask[:, :-1], past_key_values=prefilled)
+    model(torch.zeros(5, width, dtype=torch.int64), attention_mask=mask[:, :-1], **cache_keyword(model, prefilled))
     cache.append(prefilled, 5)
 
     def decode():
-        model(torch.zeros(5, 1, dtype=torch.int64), attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        ids = torch.zeros(5, 1, dtype=torch.int64)
+        model(ids, attention_mask=mask, logits_to_keep=1, **cache_keyword(model, cache))
 
     def prefill():
         ids = torch.zeros(5, prompt_width, dtype=torch.int64)
-        model(ids, attention_mask=mask[:, :prompt_width], past_key_values=DynamicCache(config=config), logits_to_keep=1)
+        keyword = cache_keyword(model, DynamicCache(config=config))
+        model(ids, attention_mask=mask[:, :prompt_width], logits_to_keep=1, **keyword)
 
     peaks = [profiled(step)[-1] for step in (decode, prefill)]
     assert planned.work == pytest.approx(max(peaks), rel=0.1, abs=planned.cache / 100)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts import TransformersEngine
+from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword, require_full_attention
 from spo_lightning.types import Completion, RolloutRequest, SamplingParams
 
 from tiny_models import make_char_tokenizer, make_model
@@ -487,6 +488,27 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer.*another engine"):
         engine_for(str(tmp_path))
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``past_key_values`` before Transformers 5.24, ``cache`` since; the installed one generates in all other tests."""
+    model = models["qwen3"][1]
+
+    def before(
+        input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: Any
+    ) -> None: ...
+    def since(input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, use_cache: Any) -> None: ...
+    def without(input_ids: Any, attention_mask: Any, position_ids: Any) -> None: ...
+
+    cache = RowCache(1)
+    for forward, keyword in ((before, {"past_key_values": cache}), (since, {"cache": cache})):
+        monkeypatch.setattr(model, "forward", forward)
+        assert cache_keyword(model, cache) == keyword
+        with pytest.raises(ValueError, match="its forward takes no logits_to_keep. It needs"):
+            require_full_attention(model)
+    monkeypatch.setattr(model, "forward", without)
+    with pytest.raises(ValueError, match="takes no use_cache, logits_to_keep, cache or past_key_values"):
+        require_full_attention(model)
 
 
 def test_cache_survives_growth_far_beyond_its_first_allocation(models: Any) -> None:

@@ -15,8 +15,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since Transformers 5.24, and before
 MIN_SPARE_COLUMNS = 64  # tokens that fit before the next reallocation; wide caches get a quarter of their width
+
+
+def cache_keyword(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument that hands a cache to ``model``; empty if its ``forward`` takes none."""
+    known = inspect.signature(model.forward).parameters
+    return {name: cache for name in CACHE_ARGUMENTS if name in known}
 
 
 def require_full_attention(model: PreTrainedModel) -> None:
@@ -26,7 +33,10 @@ def require_full_attention(model: PreTrainedModel) -> None:
         ValueError: a layer slides, chunks or is recurrent, or ``forward`` lacks an argument the engine passes.
     """
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    missing = [name for name in FORWARD_ARGUMENTS if name not in inspect.signature(model.forward).parameters]
+    known = inspect.signature(model.forward).parameters
+    missing = [name for name in FORWARD_ARGUMENTS if name not in known]
+    if not any(name in known for name in CACHE_ARGUMENTS):
+        missing.append(" or ".join(CACHE_ARGUMENTS))
     problems = [f"its cache has layers of type {name}" for name in sorted(k.__name__ for k in kinds - {DynamicLayer})]
     if model._is_stateful:
         problems.append("it keeps a recurrent state")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from spo_lightning.rollouts.kv_cache import RowCache
+from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.token_sampling import RowSettings, sample_tokens
 
@@ -47,8 +47,8 @@ class RunningBatch:
             input_ids=self._inputs[:, None],
             attention_mask=columns >= (cached - self._lengths)[:, None],
             position_ids=self._lengths[:, None],
-            past_key_values=self._cache,
             use_cache=True,
+            **cache_keyword(self._model, self._cache),
         ).logits[:, -1, : self._vocab_size]
         uniforms = torch.tensor([row.next_uniform() for row in self.rows], dtype=torch.float64).to(logits.device)
         self._inputs, logprobs = sample_tokens(logits, self._settings, uniforms)
@@ -104,8 +104,8 @@ class RunningBatch:
             input_ids=input_ids,
             attention_mask=columns >= padding,
             position_ids=(columns - padding).clamp_(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_keyword(self._model, cache),
         )
         return cache
