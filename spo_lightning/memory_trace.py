@@ -184,7 +184,7 @@ class FakePolicy:
                 layer.keys, layer.values = (x.expand(rows, -1, width, -1) for x in (layer.keys, layer.values))
             with LiveBytes() as memory:
                 cache = RowCache(len(sample.layers))
-                cache.append(sample, rows)
+                cache.append(sample, range(rows), rows)
                 held = memory.live
             decode = _peak(model, torch.zeros(rows, 1, dtype=torch.int64), cache, width)
         return EngineMemory(weights, held, max(prefill, decode), host=weights)

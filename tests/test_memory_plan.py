@@ -406,7 +406,7 @@ def test_work_of_the_engine_is_what_the_allocator_reports(width, prompt_width):
     mask = torch.ones(5, width + 1, dtype=torch.bool)
     mask[0, 0] = False
     model(torch.zeros(5, width, dtype=torch.int64), attention_mask=mask[:, :-1], **cache_keyword(model, prefilled))
-    cache.append(prefilled, 5)
+    cache.append(prefilled, range(5), 5)
 
     def decode():
         ids = torch.zeros(5, 1, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +251,29 @@ def test_queued_rows_join_in_chunks(models: Any, forward_shapes: list[tuple[int,
     """Eight places, of which two must be free before rows join, though one row ends at each step."""
     folder, _ = models["qwen3"]
     engine = engine_for(folder, max_batch_size=8)
-    run(engine, [request(i, PROMPTS[0], i, max_tokens=1 + i if i < 8 else 8) for i in range(12)])
+    prompts = [(*PROMPTS[0], 5 + i) for i in range(12)]
+    run(engine, [request(i, p, i, max_tokens=1 + i if i < 8 else 8) for i, p in enumerate(prompts)])
     decode_rows = [rows for rows, new, _ in forward_shapes if new == 1]
     prefill_rows = [rows for rows, new, _ in forward_shapes if new > 1]
     assert decode_rows[:5] == [8, 7, 8, 7, 8]
     assert prefill_rows == [8, 2, 2]
+
+
+def test_a_prompt_of_many_requests_is_read_once(models: Any, forward_shapes: list[tuple[int, int, int]]) -> None:
+    """Two prompts of unequal length, four and three times, and one that goes on from a token: three rows to read."""
+    folder, _ = models["qwen3"]
+    partial = run(engine_for(folder), [request(0, PROMPTS[1], 7, max_tokens=3)])[0]
+    requests = [request(i, PROMPTS[i % 2 * 2], i, max_tokens=6) for i in range(7)]
+    going_on = replace(partial, finish_reason="aborted")
+    requests.append(RolloutRequest(7, PROMPTS[1], SamplingParams(max_tokens=6), 7, going_on))
+    alone = run(engine_for(folder, max_batch_size=1), requests)
+    forward_shapes.clear()
+    together = run(engine_for(folder), requests)
+    longest = len(PROMPTS[2]) - 1
+    assert [(rows, new) for rows, new, columns in forward_shapes if new == columns] == [(3, longest)]
+    for number, completion in together.items():
+        assert completion.token_ids.tolist() == alone[number].token_ids.tolist()
+        torch.testing.assert_close(completion.sampling_logprobs, alone[number].sampling_logprobs, atol=1e-5, rtol=0)
 
 
 def test_prefill_is_split_by_its_token_limit(models: Any, forward_shapes: list[tuple[int, int, int]]) -> None:

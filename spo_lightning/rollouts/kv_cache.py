@@ -73,13 +73,20 @@ class RowLayer(DynamicLayer):
         self._show(buffer)
         return self.keys, self.values
 
-    def append(self, keys: Tensor, values: Tensor, total_rows: int) -> None:
-        """Add n rows, both (n, H, w, D), so that their last column is that of the rows already there."""
-        count, width = keys.shape[0], keys.shape[-2]
+    def append(self, keys: Tensor, values: Tensor, sources: Tensor, total_rows: int) -> None:
+        """Add rows so that their last column is that of the rows already there.
+
+        Args:
+            keys: (m, H, w, D).
+            values: (m, H, w, D).
+            sources: (n,) int64, which of the m each new row takes.
+            total_rows: rows to make room for.
+        """
+        count, width = len(sources), keys.shape[-2]
         buffer = self._reserve(keys, total_rows, max(width, self._end - self._start), 1)
         first = self._end - width
-        buffer[0, self._rows : self._rows + count, :, first : self._end] = keys
-        buffer[1, self._rows : self._rows + count, :, first : self._end] = values
+        buffer[0, self._rows : self._rows + count, :, first : self._end] = keys[sources]
+        buffer[1, self._rows : self._rows + count, :, first : self._end] = values[sources]
         self._rows += count
         self._start = min(self._start, first)
         self._show(buffer)
@@ -119,15 +126,17 @@ class RowCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[RowLayer() for _ in range(num_layers)])
 
-    def append(self, prefilled: Cache, total_rows: int) -> None:
-        """Add the rows of another cache, left-padded to a width of their own.
+    def append(self, prefilled: Cache, sources: Sequence[int], total_rows: int) -> None:
+        """Add rows of another cache, left-padded to a width of their own.
 
         Args:
-            prefilled: cache with n rows.
+            prefilled: cache with m rows.
+            sources: which of them each of the n new rows takes; several may take the same.
             total_rows: rows to make room for, at least the present ones and n; more when others follow at once.
         """
+        chosen = torch.tensor(sources, dtype=torch.int64, device=prefilled.layers[0].keys.device)
         for layer, added in zip(self.layers, prefilled.layers, strict=True):
-            layer.append(added.keys, added.values, total_rows)
+            layer.append(added.keys, added.values, chosen, total_rows)
 
     def keep(self, kept: Sequence[int], width: int) -> list[int]:
         """Keep some rows, in place, and of all rows the last ``width`` columns.
