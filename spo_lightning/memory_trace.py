@@ -26,6 +26,7 @@ from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.memory_plan import EngineMemory, MicroBatchMemory, ModelSize, OptimizerMemory
 from spo_lightning.policy import decoder_layers
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
+from spo_lightning.unpadded import UNPADDED, run, use_unpadded
 
 # Whether a mask is needed depends on values, which fake tensors lack; this is sdpa where it is known that none is.
 _UNMASKED = "sdpa_unmasked"
@@ -102,12 +103,12 @@ class FakePolicy:
         gradient_checkpointing: bool = False,
         lora: LoraSettings | None = None,
     ) -> None:
-        self._attention = attn_implementation
         self._mode = FakeTensorMode()
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation=attn_implementation
             )
+        use_unpadded(self.model)
         if lora is not None:
             add_adapters(self.model, lora)
         with self._mode:
@@ -131,11 +132,12 @@ class FakePolicy:
         Args:
             rows: sequences.
             width: tokens of each.
-            padded: whether some of the tokens are padding, which then needs a mask.
+            padded: whether there may be padding, which attention then lays out or masks.
             autocast: makes the context of the forward pass.
         """
         model = self.model.train()
-        model.set_attn_implementation(_UNMASKED if self._attention == "sdpa" and not padded else self._attention)
+        attention = model.config._attn_implementation
+        model.set_attn_implementation(_UNMASKED if attention == UNPADDED and not padded else attention)
         with self._mode:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             gradients = [torch.empty_like(parameter) for parameter in trained]
@@ -144,14 +146,13 @@ class FakePolicy:
             ids = torch.zeros(rows, width, dtype=torch.int64)
             with LiveBytes([*model.parameters(), *model.buffers(), *gradients, ids]) as memory:
                 with autocast():
-                    mask = torch.ones(rows, 1, width, width, dtype=torch.bool) if padded else None
-                    hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    hidden = _hidden_states(model, ids, padded)
                 activations = memory.live
                 memory.reset_peak()
                 head = model.get_output_embeddings().weight
                 leaf = hidden.detach().requires_grad_()
                 with autocast(), _AllZero():
-                    picked = leaf.flatten(0, 1)[torch.arange(rows * width)]
+                    picked = leaf[torch.arange(rows * width)]
                     logprobs, _ = linear_logprobs(
                         picked, head, ids.flatten(), chunk_elements=ACCELERATOR_CHUNK_ELEMENTS
                     )
@@ -200,6 +201,16 @@ class FakePolicy:
         cache = DynamicCache(config=self.model.config)
         self.model.eval()(torch.zeros(1, 1, dtype=torch.int64), logits_to_keep=1, **cache_keyword(self.model, cache))
         return cache
+
+
+def _hidden_states(model: Any, ids: Tensor, padded: bool) -> Tensor:
+    """(R * T, H) of (R, T) tokens."""
+    rows, width = ids.shape
+    if padded and model.config._attn_implementation == UNPADDED:
+        positions = torch.arange(width).repeat(rows)
+        return run(model.base_model, ids.flatten(), positions, torch.arange(rows * width), (rows, width))
+    mask = torch.ones(rows, 1, width, width, dtype=torch.bool) if padded else None
+    return model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _replace_tensors(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings, adapters, add_adapters
+from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
 
 @dataclass
@@ -26,7 +27,8 @@ class PolicyConfig:
         revision: hub revision.
         dtype: dtype of the parameters; float32 with ``trainer.precision: bf16-mixed`` keeps full-precision master
             weights. With LoRA that of the frozen ones, which bfloat16 halves.
-        attn_implementation: attention of Transformers ("sdpa", "flash_attention_2", "eager").
+        attn_implementation: attention of Transformers ("sdpa", "flash_attention_2", "eager"). With "sdpa" no layer but
+            attention computes padding; with flash attention none does.
         gradient_checkpointing: recompute activations in the backward pass, trading time for memory.
         compile: compile each decoder layer with ``torch.compile`` for any batch size and length; layers of one kind
             share what is compiled. Costs a minute or so at the start.
@@ -59,6 +61,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any, lora: LoraSettings | None = None, head: Literal["torch", "liger"] = "torch") -> None:
         super().__init__()
+        use_unpadded(model)
         self.model = model
         self.lora = lora
         self.head = head
@@ -104,10 +107,15 @@ class Policy(nn.Module):
             ``(logprobs, entropy)``, both (P,) float32, one for each of the P sampled tokens in the order of the mask.
             ``entropy`` (nats, of the distribution each token was drawn from) carries no gradient.
         """
-        hidden = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
         predicts = completion_mask.roll(-1, dims=-1)
+        model = self.model.base_model
+        if attention_mask is not None and self.model.config._attn_implementation == UNPADDED:
+            hidden = hidden_states(model, input_ids, position_ids, attention_mask)
+            predicts = predicts[attention_mask]
+        else:
+            hidden = model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
         head = self.model.get_output_embeddings()
         return linear_logprobs(
             hidden[predicts],

@@ -31,6 +31,7 @@ from spo_lightning.memory_plan import (
 from spo_lightning.memory_trace import FakePolicy, LiveBytes, measure_optimizer
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.unpadded import hidden_states, use_unpadded
 
 from tiny_models import make_char_tokenizer, make_model
 
@@ -285,16 +286,18 @@ def really_allocated(config, dtype, checkpointing, autocast, rows, width, padded
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    use_unpadded(model)
     ids = torch.randint(config.vocab_size, (rows, width))
-    mask = torch.ones(rows, width, dtype=torch.bool)
-    mask[0, width // 2 :] = not padded
+    positions, mask = torch.arange(width).expand(rows, -1), torch.ones(rows, width, dtype=torch.bool)
 
     def forward():
         with autocast():
-            return model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            if padded:
+                return hidden_states(model.base_model, ids, positions, mask)
+            return model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def backward():
-        picked = hidden.flatten(0, 1)[torch.arange(rows * width)]
+        picked = hidden[torch.arange(rows * width)]
         with autocast():
             logprobs, _ = linear_logprobs(
                 picked, model.get_output_embeddings().weight, ids.flatten(), chunk_elements=2**25
