@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ class TokenSequence:
     Attributes:
         token_ids: (T,) int64, prompt and completion.
         completion_mask: (T,) bool, True on the tokens that the policy sampled.
+        num_sampled: how many these are.
     """
 
     token_ids: Tensor
     completion_mask: Tensor
+    num_sampled: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_sampled", int(self.completion_mask.sum()))
 
     @classmethod
     def join(cls, prompt: Prompt, completion: Completion | StoredCompletion) -> TokenSequence:
@@ -59,7 +64,7 @@ class Experience:
     advantages: Tensor
 
     def __post_init__(self) -> None:
-        lengths = [int(sequence.completion_mask.sum()) for sequence in self.sequences]
+        lengths = [sequence.num_sampled for sequence in self.sequences]
         _check_ragged("sampling_logprobs", self.sampling_logprobs, lengths)
         if self.old_logprobs is not None:
             _check_ragged("old_logprobs", self.old_logprobs, lengths)
@@ -81,7 +86,7 @@ class Experience:
     @property
     def num_tokens(self) -> int:
         """Tokens that the policy sampled."""
-        return sum(int(sequence.completion_mask.sum()) for sequence in self.sequences)
+        return sum(sequence.num_sampled for sequence in self.sequences)
 
 
 def _check_ragged(name: str, values: Sequence[Tensor], lengths: Sequence[int]) -> None:

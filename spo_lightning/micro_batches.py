@@ -66,7 +66,7 @@ class MicroBatching:
     def build(self, sequences: Sequence[TokenSequence]) -> MicroBatch:
         """Lay sequences out for the policy; none at all become two tokens that nothing is learned from."""
         sequences = sequences or [_NOTHING]
-        lengths = torch.tensor([int(sequence.completion_mask.sum()) for sequence in sequences])
+        lengths = torch.tensor([sequence.num_sampled for sequence in sequences])
         ids = [sequence.token_ids for sequence in sequences]
         masks = [sequence.completion_mask for sequence in sequences]
         positions = [torch.arange(len(sequence)) for sequence in sequences]

@@ -75,7 +75,7 @@ from spo_lightning.stages import StageTimer
 from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
-from spo_lightning.weight_check import TOLERANCE
+from spo_lightning.weight_check import EXACT, TOLERANCE
 
 
 class SPOModule(LightningModule):
@@ -93,7 +93,9 @@ class SPOModule(LightningModule):
         loss: the surrogate (SPO eq. 10).
         correction: weighs tokens by how likely the trainer's policy finds what the engine sampled; ``None`` does not.
         old_logprobs: the ratio's denominator: "trainer" scores the completions before the update, "engine" takes the
-            log-probabilities that they were sampled with and saves that pass.
+            log-probabilities that they were sampled with and saves that pass. "auto" takes the engine's for completions
+            of the present weights where both agree to float32 rounding, as found after every push, and nothing filters
+            the samples (top-p, top-k); elsewhere it scores.
         drift: estimates D(x) for the tracker (SPO §4.1).
         drift_max_tokens: leading sampled tokens of a prompt's last completion that are kept to measure its drift.
         optimizer: any torch optimizer.
@@ -125,7 +127,7 @@ class SPOModule(LightningModule):
         advantage: AdvantageEstimator = lazy_instance(TrajectoryNormalized),  # noqa: B008 (stateless, as the next two)
         loss: PolicyLoss = lazy_instance(PPOClipLoss),  # noqa: B008
         correction: OffPolicyCorrection | None = lazy_instance(ImportanceSampling),  # noqa: B008
-        old_logprobs: Literal["trainer", "engine"] = "trainer",
+        old_logprobs: Literal["auto", "trainer", "engine"] = "auto",
         drift: DriftEstimator = lazy_instance(MeanAbsLogRatio),  # noqa: B008
         drift_max_tokens: int = 512,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -333,7 +335,8 @@ class SPOModule(LightningModule):
             metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
         if collected.learned:
-            outcome, advantages, learned = self._learn(batch, collected)
+            exact = metrics.get("sampling/push_difference", float("inf")) <= EXACT
+            outcome, advantages, learned = self._learn(batch, collected, exact)
             metrics |= learned
             self.policy_version = batch.iteration + 1
         else:
@@ -352,18 +355,27 @@ class SPOModule(LightningModule):
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
         return {"outcome": outcome, "records": records}
 
-    def _learn(self, batch: PromptBatch, collected: CollectedBatch) -> tuple[Outcome, Tensor, dict[str, float]]:
+    def _learn(
+        self, batch: PromptBatch, collected: CollectedBatch, exact: bool
+    ) -> tuple[Outcome, Tensor, dict[str, float]]:
         """Score what must be, update the policy, and tell what came of it, with the normalised advantages.
 
         The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
+
+        Args:
+            batch: as drawn.
+            collected: with at least one completion to learn from.
+            exact: whether engine and trainer agree to float32 rounding.
         """
         rows = collected.learned
         rollouts, baseline = [collected.rollouts[row] for row in rows], collected.baseline[rows]
         experience = build_experience(rollouts, baseline, collected.group[rows], self.advantage)
         previous = self._previous(batch, collected)
         minibatches = self._minibatches(len(experience), batch.iteration)
-        old_logprobs = dict(enumerate(experience.sampling_logprobs)) if self.old_logprobs == "engine" else {}
-        later = [row for part in minibatches[1:] for row in part if row not in old_logprobs]
+        fresh = [rollout.completion.first_version == batch.iteration for rollout in rollouts]
+        engines = self._rows_of_engine(minibatches, fresh, exact)
+        old_logprobs = {row: experience.sampling_logprobs[row] for row in engines}
+        later = [row for part in minibatches[1:] for row in part if row not in engines]
         with self.stages("score"):
             scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
         drifts = previous.drifts(self.drift, scored[len(later) :])
@@ -374,9 +386,25 @@ class SPOModule(LightningModule):
         outcome = self._outcome(collected, dict(zip(rows, ordered, strict=True)), drifts)
         reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
         metrics |= learning_metrics(reward, baseline, experience.advantages)
-        if self.old_logprobs == "trainer":  # otherwise the two are the same by construction
-            metrics |= mismatch_metrics(ordered, experience.sampling_logprobs, self.correction)
+        own = [row for row in range(len(experience)) if row not in engines]  # the others are equal by construction
+        if own:
+            sampling = [experience.sampling_logprobs[row] for row in own]
+            metrics |= mismatch_metrics([ordered[row] for row in own], sampling, self.correction)
         return outcome, experience.advantages, metrics
+
+    def _rows_of_engine(self, minibatches: list[list[int]], fresh: list[bool], exact: bool) -> set[int]:
+        """Rows whose old log-probabilities are those of the engine.
+
+        Args:
+            minibatches: rows of each optimiser step.
+            fresh: by row, whether the present weights sampled the whole completion.
+            exact: whether engine and trainer agree to float32 rounding.
+        """
+        if self.old_logprobs == "engine":
+            return {row for part in minibatches for row in part}
+        if self.old_logprobs == "trainer" or not exact or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            return set()
+        return {row for part in minibatches[1:] for row in part if fresh[row]}
 
     def _only_observe(self, batch: PromptBatch, collected: CollectedBatch) -> Outcome:
         """What an iteration without an update teaches: every completion is undecided or discarded."""

@@ -410,12 +410,12 @@ def test_drawn_rewards_outside_the_unit_interval_are_refused_after_one_batch(tmp
     trainer, module, data = make_run(tmp_path, lambda *_: 2.0, data=start, engine=engine)
     with pytest.raises(ValueError, match="reward sum of 4.0 over 2 completions; .*set data.smoothing to none"):
         trainer.fit(module, data)
-    assert engine.asked == 4 + 4  # engine and trainer are compared on 4
+    assert engine.asked == 4 + 8  # engine and trainer are compared on 8
 
     engine = RecordingEngine()
     trainer, module, data = make_run(tmp_path, lambda *_: 2.0, data={**start, "smoothing": "none"}, engine=engine)
     trainer.fit(module, data)
-    assert engine.asked == 4 + 16 + 4 + 4  # engine and trainer are compared twice, on 4 completions
+    assert engine.asked == 8 + 16 + 8 + 4  # engine and trainer are compared twice, on 8 completions
     assert data.tracker.value.tolist() == pytest.approx([2.0] * 8)
 
 

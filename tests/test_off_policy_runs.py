@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spo_lightning.algorithms import ImportanceSampling
+from spo_lightning.types import SamplingParams
 
 from runs import Recorder, make_run
 
@@ -46,6 +47,55 @@ def test_the_engines_log_probabilities_save_the_pass_before_the_update(tmp_path)
     for ours, theirs in zip(recorder.outcomes, other.outcomes, strict=True):
         torch.testing.assert_close(theirs.drift, ours.drift, rtol=1e-3, atol=1e-5)
     assert not [key for key in other.metrics[-1] if key.startswith("sampling/")]  # nothing to compare with
+
+
+CHECK = 8  # completions that engine and trainer are compared on after a push
+
+
+def test_where_both_agree_the_engines_log_probabilities_are_taken(tmp_path):
+    """Scored are the probes, and stored completions: those of the first mini-batch are compared with the engine's."""
+    trained, recorder, _ = train(tmp_path, old_logprobs="trainer", data={"batch_size": 8})
+    saved, other, scored = train(tmp_path, data={"batch_size": 8})
+    assert scored == [CHECK, 0, CHECK, 8, CHECK, 8]
+    for name, value in trained.policy.state_dict().items():
+        torch.testing.assert_close(saved.policy.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(recorder.metrics, other.metrics, strict=True):
+        assert 0 < theirs["sampling/logp_difference_max"] <= ours["sampling/logp_difference_max"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"push_tolerance": math.inf},
+        {"sampling": SamplingParams(8, top_p=0.9)},
+        {"sampling": SamplingParams(8, top_k=9)},
+    ],
+    ids=["not compared", "top-p", "top-k"],
+)
+def test_where_they_may_differ_the_trainer_scores(tmp_path, options):
+    _, _, scored = train(tmp_path, data={"batch_size": 8, "num_iterations": 1}, **options)
+    assert [count for count in scored if count != CHECK] == [4]
+
+
+def test_an_engine_that_is_less_exact_is_not_taken_for_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr("spo_lightning.module.EXACT", 0.0)
+    _, _, scored = train(tmp_path, data={"batch_size": 8, "num_iterations": 1})
+    assert scored == [CHECK, 4]
+
+
+def test_completions_that_older_weights_began_are_scored(tmp_path):
+    """Of the second iteration on: carried ones of every mini-batch but the first."""
+    data = {"batch_size": 4, "oversampling": 2.0, "num_iterations": 5}
+    _, recorder, scored = train(tmp_path, data=data)
+    beyond = []
+    for iteration, (outcome, compared, rest) in enumerate(
+        zip(recorder.outcomes, scored[::2], scored[1::2], strict=True)
+    ):
+        assert compared == CHECK
+        stored = int((outcome.drift > 0).sum())
+        beyond.append(rest - stored)
+        assert 0 <= beyond[-1] <= int((outcome.version < iteration).sum())
+    assert beyond[0] == 0 and any(beyond)
 
 
 def test_carried_completions_are_weighted_by_how_the_policy_sees_them_now(tmp_path):

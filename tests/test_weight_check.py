@@ -92,12 +92,12 @@ def test_the_probe_leaves_room_for_its_tokens(tmp_path):
             super().submit(requests)
 
     engine = Short()
-    short = SamplingParams(max_tokens=5)
+    short = SamplingParams(max_tokens=2)
     trainer, module, data = make_run(
         tmp_path, engine=engine, data={"max_prompt_tokens": 5}, sampling=short, eval_sampling=short
     )
     trainer.fit(module, data)
-    assert engine.asked[: PROBE_SAMPLES + 1] == [5 + 5 - PROBE_TOKENS] * PROBE_SAMPLES + [4]
+    assert engine.asked[: PROBE_SAMPLES + 1] == [5 + 2 - PROBE_TOKENS] * PROBE_SAMPLES + [4]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
