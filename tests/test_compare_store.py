@@ -343,6 +343,31 @@ def test_page_in_a_browser(report: Report, browse: Callable[[Path], tuple[str, s
     assert document.count("<img") == len(PICTURES)
 
 
+def test_page_in_a_sandboxed_frame(uri: str, tmp_path: Path, browse: Callable[[Path], tuple[str, str]]) -> None:
+    """As MLflow's viewer shows it: a blob in a frame that may run scripts and nothing else."""
+    client = connect(uri)
+    kept, _ = sift(runs_of(client, "trial"), include_unfinished=False)
+    contest = make_contest(read(client, kept, int))
+    click = """<script>
+    document.body.style.minHeight = "9000px";
+    document.querySelector('nav a[href="#runs"]').click();
+    const top_of_runs = Math.round(document.querySelector("#runs").getBoundingClientRect().top);
+    const links = document.querySelectorAll("td a"), followed = document.querySelectorAll("td a[href]");
+    parent.postMessage([top_of_runs, scrollY > 0, links.length, followed.length], "*");
+    </script></body>"""
+    html = render(Page(contest, make_table(contest), {}, [], [], "http://host:5000")).replace("</body>", click)
+    frame = """<!DOCTYPE html><title>no answer</title><iframe sandbox="allow-scripts"></iframe><script>
+    addEventListener("message", event => { document.title = JSON.stringify(event.data); });
+    const blob = new Blob([HTML], {type: "text/html"});
+    document.querySelector("iframe").src = URL.createObjectURL(blob);
+    </script>"""
+    outer = tmp_path / "frame.html"
+    outer.write_text(frame.replace("HTML", json.dumps(html).replace("</", "<\\/"), 1))
+    document, complaints = browse(outer)
+    assert complaints == ""
+    assert re.findall("<title>(.*?)</title>", document)[0] == "[0,true,4,0]"
+
+
 def test_browser_check_would_notice(tmp_path: Path, browse: Callable[[Path], tuple[str, str]]) -> None:
     (tmp_path / "bad.html").write_text("<!DOCTYPE html><title>bad</title><script>missing()</script>")
     assert "missing is not defined" in browse(tmp_path / "bad.html")[1]

@@ -57,6 +57,16 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...[...body.rows].sort((a, b) => down ? compare(b, a) : compare(a, b)));
   });
 }
+// In MLflow's viewer the page is a blob in a sandboxed frame: links within it do nothing there, others leave it blank.
+if (window.parent !== window) {
+  for (const link of document.querySelectorAll("td a")) link.removeAttribute("href");
+  for (const link of document.querySelectorAll("nav a")) {
+    link.addEventListener("click", event => {
+      event.preventDefault();
+      document.querySelector(link.getAttribute("href")).scrollIntoView();
+    });
+  }
+}
 """
 
 TEMPLATE = (
