@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from spo_lightning.errors import ConfigError
 
+UI_ADDRESS = "http://127.0.0.1:5000"  # of `mlflow ui` over a data base
 EXAMPLE = "example: spo compare study --by engine --reference TransformersEngine"
 
 
@@ -26,7 +27,7 @@ def make_parser() -> ArgumentParser:
     add("--by", type=str, default="algorithm", help="tag or parameter that tells apart what is compared")
     add("--reference", type=str | None, help='value of it that others are compared with; default: "spo", if present')
     add("--include_unfinished", action="store_true", help="take in runs that go on")
-    add("--no_log", action="store_true", help="log no comparison run to MLflow")
+    add("--no_log", action="store_true", help="log no comparison run to MLflow, and save no view")
     return parser
 
 
@@ -42,6 +43,7 @@ def compare(arguments: Namespace) -> str:
     from spo_lightning.comparison.contest import make_contest
     from spo_lightning.comparison.publish import publish
     from spo_lightning.comparison.report import write_report
+    from spo_lightning.comparison.saved_view import make_view, save_view
     from spo_lightning.comparison.store import connect, read, runs_of, runs_with, sift
     from spo_lightning.mlflow_run import public_uri
 
@@ -54,7 +56,8 @@ def compare(arguments: Namespace) -> str:
         runs = read(client, kept, bar.update)
     contest = make_contest(runs, arguments.by, arguments.reference, arguments.benchmark, left_out)
     folder = arguments.output or Path("runs/comparison") / re.sub(r"[^\w.\-]+", "_", contest.title)
-    report = write_report(contest, folder, public_uri(client.tracking_uri))
+    source = public_uri(client.tracking_uri)
+    report = write_report(contest, folder, source)
     lines = [report.markdown]
     lines += [f"note: {note}" for note in contest.notes]
     lines += [f"left out: {each.run}: {each.reason}" for each in contest.left_out]
@@ -63,6 +66,10 @@ def compare(arguments: Namespace) -> str:
     if not arguments.no_log:
         run_id = publish(client, contest, report.files)
         lines.append(f"logged to MLflow: run {run_id} of {contest.runs[0].experiment!r}")
+        view = make_view(contest)
+        save_view(client, view)
+        server = source.rstrip("/") if source.startswith("http") else UI_ADDRESS
+        lines.append(f"curves in MLflow's UI: {server}/{view.place}")
     return "\n".join(lines)
 
 

@@ -8,12 +8,15 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -23,6 +26,7 @@ from spo_lightning.comparison import report as reports
 from spo_lightning.comparison.contest import make_contest
 from spo_lightning.comparison.page import Page, differing_params, render
 from spo_lightning.comparison.report import PICTURES, Report, write_report
+from spo_lightning.comparison.saved_view import make_view, save_view
 from spo_lightning.comparison.store import connect, read, runs_of, runs_with, sift
 from spo_lightning.comparison.table import make_table
 
@@ -181,6 +185,81 @@ def test_mistakes_end_with_a_remedy(
     assert not Path("runs").exists()
 
 
+def saved_views(client: MlflowClient, experiment_id: str) -> dict[str, Any]:
+    """What MLflow's UI would read: states by name."""
+    tags = client.get_experiment(experiment_id).tags
+    views = [json.loads(text) for name, text in tags.items() if name.startswith("mlflow.sharedViewState.")]
+    packed = {view["name"]: view["state"].removeprefix("deflate;") for view in views}
+    return {name: json.loads(zlib.decompress(base64.b64decode(text))) for name, text in packed.items()}
+
+
+def found_by(client: MlflowClient, experiment_id: str, view: Mapping[str, Any]) -> list[str]:
+    return sorted(run.info.run_name for run in client.search_runs([experiment_id], view["searchFilter"]))
+
+
+def test_saved_view_groups_the_compared_runs(uri: str) -> None:
+    client = connect(uri)
+    kept, _ = sift(runs_of(client, "trial"), include_unfinished=False)
+    runs = read(client, kept, int)
+    experiment = runs[0].experiment_id
+    for by in ("algorithm", "algorithm", "model/lr"):
+        save_view(client, make_view(make_contest(runs, by)))
+    views = saved_views(client, experiment)
+    assert sorted(views) == ["by algorithm", "by model/lr"]
+    grouped = {name: view["groupBy"] for name, view in views.items()}
+    assert grouped == {
+        f"by {by}": {"aggregateFunction": "average", "groupByKeys": [{"mode": mode, "groupByData": by}]}
+        for mode, by in (("tag", "algorithm"), ("param", "model/lr"))
+    }
+    view = views["by algorithm"]
+    assert found_by(client, experiment, view) == ["grpo, seed 0", "grpo, seed 1", "spo, seed 0", "spo, seed 1"]
+    assert found_by(client, experiment, views["by model/lr"]) == found_by(client, experiment, view)
+    charts = [chart["metricKey"] for chart in view["compareRunCharts"]]
+    assert charts == ["val/sums/avg_at_2", "reward/mean", "val/sums/maj_at_2", "val/sums/pass_at_2"]
+    assert all(set(charts) <= set(run.data.metrics) for run in kept)
+    assert view["compareRunCharts"][0] == {
+        "uuid": "spo-val/sums/avg_at_2",
+        "type": "LINE",
+        "metricSectionId": "spo-comparison",
+        "metricKey": "val/sums/avg_at_2",
+        "runsCountToCompare": 10,
+        "deleted": False,
+        "isGenerated": False,
+        "lineSmoothness": 0,
+        "xAxisKey": "step",
+        "useGlobalLineSmoothing": True,
+        "useGlobalXaxisKey": True,
+    }
+    (section,) = view["compareRunSections"]
+    assert section == {"uuid": "spo-comparison", "name": "Comparison", "display": True, "isReordered": True}
+    assert (view["runsHiddenMode"], view["isAccordionReordered"]) == ("SHOW_ALL", True)
+    assert view["selectedColumns"] == ["tags.`seed`", "metrics.`val/sums/avg_at_2`", "metrics.`reward/mean`"]
+
+
+def test_mlflow_s_ui_knows_what_a_saved_view_says(uri: str) -> None:
+    """Views are not documented for programs: here is seen when MLflow gives their parts other names."""
+    client = connect(uri)
+    kept, _ = sift(runs_of(client, "trial"), include_unfinished=False)
+    state = make_view(make_contest(read(client, kept, int))).state
+    scripts = sorted((Path(mlflow.__file__).parent / "server/js/build/static/js").glob("*.js"))
+    ui = "".join(script.read_text(encoding="utf-8") for script in scripts)
+    parts = {"sharedViewState.", "viewStateShareKey", "compareRunsMode", "SHOW_ALL", *state, *state["groupBy"]}
+    parts |= {*state["compareRunCharts"][0], *state["compareRunSections"][0], "groupByData"}
+    assert [part for part in sorted(parts) if part not in ui] == []
+
+
+def test_saved_view_of_runs_that_go_on_and_have_no_benchmark(uri: str) -> None:
+    client = connect(uri)
+    kept, _ = sift(runs_of(client, "trial"), include_unfinished=True)
+    contest = replace(make_contest(read(client, kept, int)), benchmark=None)
+    view = make_view(contest)
+    assert [chart["metricKey"] for chart in view.state["compareRunCharts"]] == ["reward/mean"]
+    names = ["grpo, seed 0", "grpo, seed 1", "spo, seed 0", "spo, seed 1", "spo, seed 2"]
+    assert found_by(client, view.experiment_id, view.state) == names  # without seed 3, which failed
+    save_view(client, make_view(replace(contest, by="a/long name " * 20)))  # MLflow refuses names above 250 characters
+    assert list(saved_views(client, view.experiment_id)) == ["by " + "a/long name " * 20]
+
+
 def test_end_to_end(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,12 +285,16 @@ def test_end_to_end(
     assert {client.get_run(each).data.tags["algorithm"] for each in compared} == {"spo", "grpo"}
     assert len(compared) == 4
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == written
-    before = len(client.search_runs([run.info.experiment_id]))
+    address = f"#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    assert f"curves in MLflow's UI: http://127.0.0.1:5000/{address}&viewStateShareKey=spo-by-algorithm" in printed
+    before, tags = len(client.search_runs([run.info.experiment_id])), client.get_experiment(run.info.experiment_id).tags
     compare(monkeypatch, "--no_log", "--output", "elsewhere", "--runs", *compared[:2])
     assert Path("elsewhere/index.html").is_file()
     assert not Path("elsewhere/differences.png").exists()
     assert "no figure: Differences to the reference: there is no reference" in capsys.readouterr().out
     assert len(client.search_runs([run.info.experiment_id])) == before
+    assert list(saved_views(client, run.info.experiment_id)) == ["by algorithm"]
+    assert client.get_experiment(run.info.experiment_id).tags == tags
 
 
 def test_a_figure_that_there_is_no_more_is_removed(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
