@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from spo_lightning.attention import attend
+
 UNPADDED = "sdpa_unpadded"
 
 
@@ -39,7 +41,7 @@ def _attention(
         attention_mask: not looked at where there are cells.
         cells: (T,) int64, of the tokens in the flattened grid.
         grid: rows and columns.
-        settings: of ``sdpa_attention_forward``.
+        settings: of either.
 
     Returns:
         (1, T, heads, D), and no weights.
@@ -52,7 +54,7 @@ def _attention(
         flat = x.new_zeros(rows * columns, x.shape[1], x.shape[3]).index_copy(0, cells, x[0].transpose(0, 1))
         return flat.view(rows, columns, x.shape[1], x.shape[3]).transpose(1, 2)
 
-    output, _ = sdpa_attention_forward(module, lay_out(query), lay_out(key), lay_out(value), None, **settings)
+    output, _ = attend(module, lay_out(query), lay_out(key), lay_out(value), None, **settings)
     return output.flatten(0, 1).index_select(0, cells)[None], None
 
 

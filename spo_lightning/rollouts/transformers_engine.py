@@ -84,6 +84,7 @@ class TransformersEngine(RolloutEngine):
         """
         from transformers import AutoModelForCausalLM
 
+        from spo_lightning.attention import LIGHT
         from spo_lightning.rollouts.kv_cache import require_full_attention
         from spo_lightning.rollouts.running_batch import RunningBatch
 
@@ -99,6 +100,8 @@ class TransformersEngine(RolloutEngine):
             attn_implementation=self.attn_implementation,
         )
         require_full_attention(model)
+        if self.attn_implementation == "sdpa":
+            model.set_attn_implementation(LIGHT)
         self._max_model_len = length_limit(model.config.max_position_embeddings, context.max_model_len)
         self._model = model.to(context.device).eval().requires_grad_(False)
         self._device = torch.device(context.device)
