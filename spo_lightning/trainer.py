@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
 from spo_lightning.callbacks.preemption import NotedSignals, Preemption
@@ -49,6 +50,48 @@ class SPOTrainer(Trainer):
         callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any | None = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = False,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Answer the benchmarks; ``RunSummary`` prints them as rows of the paper's table.
+
+        Args:
+            model: the module.
+            dataloaders: not used with a data module.
+            ckpt_path: checkpoint file, or folder of a sharded run, or "last"; ``None`` takes the policy as it is.
+            verbose: print every metric too, in a long table.
+            datamodule: the data module.
+            weights_only: of ``torch.load``.
+        """
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any | None = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = False,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Answer the benchmarks as ``validate`` does, logged under ``test/`` and with intervals.
+
+        Args:
+            model: the module.
+            dataloaders: not used with a data module.
+            ckpt_path: checkpoint file, or folder of a sharded run, or "last"; ``None`` takes the policy as it is.
+            verbose: print every metric too, in a long table.
+            datamodule: the data module.
+            weights_only: of ``torch.load``.
+        """
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def estimate(
         self,

@@ -521,7 +521,7 @@ def test_a_checkpoint_s_completions_stand_beside_those_of_the_initial_policy(tmp
     link = tmp_path / "checkpoints" / "last.ckpt"
     for checkpoint in (None, link):
         trainer, module, data = make_run(tmp_path, **options)
-        trainer.test(module, data, ckpt_path=checkpoint, verbose=False)
+        trainer.test(module, data, ckpt_path=checkpoint)
     files = sorted((tmp_path / "generations" / "test").rglob("*.parquet"))
     assert [file.parent.name for file in files] == ["initial", "iteration-000001"]
     assert [read_generations([file])["b"][0].checkpoint for file in files] == [None, str(link)]
@@ -571,7 +571,7 @@ def test_an_interrupted_test_keeps_its_finished_batches(tmp_path: Path, capsys: 
     benchmark = Benchmark(PromptSource(str(tmp_path / "train.jsonl"), max_rows=6), 2, problems_per_batch=2)
     trainer, module, data = make_run(tmp_path, breaks, [RunSummary()], data={"benchmarks": {"six": benchmark}})
     with pytest.raises(RuntimeError, match="grader lost"):
-        trainer.test(module, data, verbose=False)
+        trainer.test(module, data)
     folder = tmp_path / "generations" / "test" / "initial"
     assert f"spo score reads them: {folder}/*.parts/*.parquet" in capsys.readouterr().out
     parts = sorted(map(str, folder.glob("*.parts/*.parquet")))
@@ -592,10 +592,10 @@ def test_validation_within_fit_keeps_nothing_and_logs_no_intervals(tmp_path: Pat
     assert names == {f"val/{benchmark}/{metric}" for benchmark in benchmarks for metric in metrics}
     assert not (tmp_path / "generations").exists()
     with pytest.raises(ConfigError, match="a benchmark is called average, .*rename it"):
-        trainer.validate(module, data, verbose=False)
+        trainer.validate(module, data)
     data.benchmark_prompts.clear()
     data.benchmarks = {"b": benchmarks["b"]}
-    trainer.validate(module, data, verbose=False)
+    trainer.validate(module, data)
     (settings, rows) = read_generations([tmp_path / "generations" / "validate" / "initial" / "b.parquet"])["b"]
     assert len(rows) == 6 and settings.reward == FunctionReward.__name__
     assert [r.reward for r in rows] == [digit_share(r.completion, "", "") for r in rows]

@@ -319,7 +319,7 @@ def benchmarks(tmp_path: Path) -> dict[str, Benchmark]:
 @pytest.mark.parametrize("job", ["validate", "test"])
 def test_benchmarks_come_in_order_and_need_no_training_data(tmp_path, make, benchmarks, job):
     module = Recorder()
-    getattr(trainer(tmp_path), job)(module, datamodule=make(train=None, benchmarks=benchmarks), verbose=False)
+    getattr(trainer(tmp_path), job)(module, datamodule=make(train=None, benchmarks=benchmarks))
     found = [(b.benchmark, b.num_samples, [p.index for p in b.prompts]) for b in module.answered]
     assert found == [("zeta", 2, [0, 1]), ("zeta", 2, [2, 3]), ("zeta", 2, [4]), ("alpha", 4, [0, 1, 2])]
 
@@ -330,7 +330,7 @@ def test_fit_validates_and_a_test_leaves_the_run_alone(tmp_path, make, benchmark
     runner.fit(module, data)
     assert module.answered
     value = data.tracker.value.clone()
-    runner.test(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    runner.test(module, datamodule=data, ckpt_path=checkpoint)
     assert torch.equal(data.tracker.value, value) and data.sampler.iteration == 6
     again = Recorder()
     trainer(tmp_path, Observe()).fit(again, data)

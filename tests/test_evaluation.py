@@ -96,9 +96,9 @@ def test_test_runs_alone_and_repeats_itself(tmp_path):
     results = []
     for _ in range(2):
         trainer, module, data = make_run(tmp_path, data=benchmarks(tmp_path))
-        results.append(trainer.test(module, data, verbose=False)[0])
+        results.append(trainer.test(module, data)[0])
     assert results[0] == results[1]
     assert {key.split("/")[0] for key in results[0]} == {"test"}
     trainer, module, data = make_run(tmp_path, data=benchmarks(tmp_path), seed=1)
-    other = trainer.test(module, data, verbose=False)[0]
+    other = trainer.test(module, data)[0]
     assert other["test/b/mean_length"] != results[0]["test/b/mean_length"]

@@ -261,7 +261,7 @@ def test_benchmarks_use_the_same_tools(tmp_path: Path) -> None:
             tool_use=use,
             eval_sampling=SamplingParams(max_tokens=20),
         )
-        trainer.test(module, data, verbose=False)
+        trainer.test(module, data)
         assert len(seen) == 16
         assert bool(tool.seen) == (use is not None) == ("test/b/tool_turns" in trainer.callback_metrics)
         if use is not None:  # 16 completions; the rewards do not see the results
