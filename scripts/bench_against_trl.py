@@ -107,7 +107,7 @@ def main(
         repeats: runs of each side.
         iterations: of each run, of 128 completions; the first two are warm-up and not counted in the times.
         threads: of each run, one for every processor where it is 0.
-        ours: further arguments of both our sides, as "--model.old_logprobs engine".
+        ours: further arguments of both our sides, as "--model.old_logprobs trainer".
     """
     if not Path(POLICY).is_dir():
         raise SystemExit(f"error: no {POLICY} here; start in the project's folder")
