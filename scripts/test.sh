@@ -6,9 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev,docs
 export OMP_NUM_THREADS=1          # tests run in parallel processes; more threads would only fight
 if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     vllm_log="$(mktemp)"
+    set -m                        # a process group of its own, to be ended with all that it started
     bash scripts/setup_vllm_cpu.sh > "$vllm_log" 2>&1 &    # while what follows keeps one processor busy
     vllm_setup=$!
-    trap 'kill "$vllm_setup" 2> /dev/null || true; rm -f "$vllm_log"' EXIT
+    set +m
+    trap 'kill -- "-$vllm_setup" 2> /dev/null || true; rm -f "$vllm_log"' EXIT
 fi
 ruff check .
 ruff format --check .
