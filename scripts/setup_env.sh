@@ -1,5 +1,5 @@
 # Sourced by the other scripts: enters the project root and makes its virtual environment, once for each state of pyproject.toml.
-# usage: source setup_env.sh [extras]     extras: optional-dependencies groups, e.g. dev or dev,docs
+# usage: source setup_env.sh EXTRAS     EXTRAS: base, or optional-dependencies groups, e.g. dev or dev,docs
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
@@ -8,13 +8,13 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     exit 1
 fi
 stamps=()
-for extra in $(tr , ' ' <<< "${1:-base}"); do
+for extra in $(tr , ' ' <<< "$1"); do
     stamps+=(".venv/.installed-$extra-$(cksum < pyproject.toml | cut -d' ' -f1)")
 done
 if ! ls "${stamps[@]}" > /dev/null 2>&1; then
     echo "setting up .venv (once, about two minutes) ..."
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$([ "$1" = base ] || echo "[$1]")"
     touch "${stamps[@]}"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

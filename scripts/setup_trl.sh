@@ -5,7 +5,7 @@
 # usage: scripts/setup_trl.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -x .venv/bin/spo ]; then source scripts/setup_env.sh; fi
+if [ ! -x .venv/bin/spo ]; then source scripts/setup_env.sh base; fi
 version() { .venv/bin/python -c 'import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))' "$1"; }
 torch="$(version torch)" transformers="$(version transformers)"
 wanted=("torch==${torch%%+*}" "transformers==$transformers" trl==1.16.0 "math-verify==$(version math-verify)")

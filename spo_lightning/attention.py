@@ -35,7 +35,7 @@ def attend(
         module: attention layer.
         query: (N, heads, T, D).
         key: (N, key heads, W, D).
-        value: (N, key heads, W, D).
+        value: (N, key heads, W, E), E mostly D.
         attention_mask: (N, 1, T, W) bool, True where there is something to see. ``None`` is causal, or everything where
             there is one new token.
         dropout: share of the weights that are dropped.
@@ -43,7 +43,7 @@ def attend(
         settings: of ``sdpa_attention_forward``.
 
     Returns:
-        (N, T, heads, D), and no weights.
+        (N, T, heads, E), and no weights.
     """
     if dropout or not _is_light(module, query, key, attention_mask, settings):
         return sdpa_attention_forward(
@@ -58,7 +58,7 @@ def attend(
     elif new > 1:
         later = torch.full((new, new), -torch.inf, dtype=scores.dtype).triu(1)
         scores = (scores.view(rows, -1, shared, new, new) + later).view_as(scores)
-    output = (scores.softmax(-1) @ value).view(rows, heads, new, width)
+    output = (scores.softmax(-1) @ value).view(rows, heads, new, value.shape[-1])
     return output.transpose(1, 2), None
 
 
@@ -68,7 +68,7 @@ def _is_light(
     """Whether it is one of the two cases that ``attend`` computes itself: causal, or one new token a row."""
     rows, heads, new, _ = query.shape
     known = new == 1 or (attention_mask is None and new == key.shape[2] and getattr(module, "is_causal", True))
-    exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+    exact = query.device.type == "cpu" and query.dtype == key.dtype and key.dtype in (torch.float32, torch.float64)
     return known and exact and rows * heads * new * key.shape[2] <= MOST_SCORES and not settings.keys() & _OTHER
 
 

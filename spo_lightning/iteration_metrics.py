@@ -108,7 +108,10 @@ def curriculum_metrics(baseline: Tensor) -> dict[str, float]:
 
 
 def mismatch_metrics(
-    old_logprobs: Sequence[Tensor], sampling_logprobs: Sequence[Tensor], correction: OffPolicyCorrection | None
+    old_logprobs: Sequence[Tensor],
+    sampling_logprobs: Sequence[Tensor],
+    correction: OffPolicyCorrection | None,
+    equal: int = 0,
 ) -> dict[str, float]:
     """How far the engine's log-probabilities are from the trainer's, and what a correction does about it.
 
@@ -122,6 +125,8 @@ def mismatch_metrics(
         old_logprobs: N tensors (S_i,), the trainer's; together at least one token.
         sampling_logprobs: N tensors (S_i,), the engine's.
         correction: what the update used.
+        equal: further tokens of the batch, whose old log-probabilities are the engine's: their weight is 1. They do not
+            count in ``sampling/logp_difference_...``, which is about what was computed twice.
     """
     weigh = ImportanceSampling(cap=None) if correction is None else correction
     greatest, parts = [], []
@@ -137,15 +142,16 @@ def mismatch_metrics(
         parts.append(torch.stack([value.sum(dtype=torch.float64) for value in values]))
     count = sum(len(old) for old in old_logprobs)
     difference, divergence_sum, weight, square, truncated, masked = torch.stack(parts).sum(0).tolist()
+    tokens, weight, square = count + equal, weight + equal, square + equal
     metrics = {
         "sampling/logp_difference_mean": difference / count,
         "sampling/logp_difference_max": float(torch.stack(greatest).max()),
-        "sampling/kl": divergence_sum / count,
-        "sampling/effective_sample_size": weight**2 / (count * square) if square else 0.0,
+        "sampling/kl": divergence_sum / tokens,
+        "sampling/effective_sample_size": weight**2 / (tokens * square) if square else 0.0,
     }
     if correction is not None:
-        metrics["sampling/truncated_fraction"] = truncated / count
-        metrics["sampling/masked_fraction"] = masked / count
+        metrics["sampling/truncated_fraction"] = truncated / tokens
+        metrics["sampling/masked_fraction"] = masked / tokens
     return metrics
 
 

@@ -109,6 +109,7 @@ class FakePolicy:
                 architecture, dtype=dtype, attn_implementation=attn_implementation
             )
         use_unpadded(self.model)
+        self._attention = self.model.config._attn_implementation
         if lora is not None:
             add_adapters(self.model, lora)
         with self._mode:
@@ -136,8 +137,8 @@ class FakePolicy:
             autocast: makes the context of the forward pass.
         """
         model = self.model.train()
-        attention = model.config._attn_implementation
-        model.set_attn_implementation(_UNMASKED if attention == UNPADDED and not padded else attention)
+        plain = self._attention == UNPADDED and not padded
+        model.set_attn_implementation(_UNMASKED if plain else self._attention)
         with self._mode:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             gradients = [torch.empty_like(parameter) for parameter in trained]

@@ -94,8 +94,8 @@ class SPOModule(LightningModule):
         correction: weighs tokens by how likely the trainer's policy finds what the engine sampled; ``None`` does not.
         old_logprobs: the ratio's denominator: "trainer" scores the completions before the update, "engine" takes the
             log-probabilities that they were sampled with and saves that pass. "auto" takes the engine's for completions
-            of the present weights where both agree to float32 rounding, as found after every push, and nothing filters
-            the samples (top-p, top-k); elsewhere it scores.
+            of the present weights where both compute alike in float32 (``TransformersEngine``), as the check after
+            every push confirms, and nothing filters the samples (top-p, top-k); elsewhere it scores.
         drift: estimates D(x) for the tracker (SPO §4.1).
         drift_max_tokens: leading sampled tokens of a prompt's last completion that are kept to measure its drift.
         optimizer: any torch optimizer.
@@ -335,7 +335,7 @@ class SPOModule(LightningModule):
             metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
         if collected.learned:
-            exact = metrics.get("sampling/push_difference", float("inf")) <= EXACT
+            exact = self._computes_alike and metrics.get("sampling/push_difference", float("inf")) <= EXACT
             outcome, advantages, learned = self._learn(batch, collected, exact)
             metrics |= learned
             self.policy_version = batch.iteration + 1
@@ -386,10 +386,11 @@ class SPOModule(LightningModule):
         outcome = self._outcome(collected, dict(zip(rows, ordered, strict=True)), drifts)
         reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
         metrics |= learning_metrics(reward, baseline, experience.advantages)
-        own = [row for row in range(len(experience)) if row not in engines]  # the others are equal by construction
+        own = [row for row in range(len(experience)) if row not in engines]
         if own:
             sampling = [experience.sampling_logprobs[row] for row in own]
-            metrics |= mismatch_metrics([ordered[row] for row in own], sampling, self.correction)
+            equal = sum(len(ordered[row]) for row in engines)
+            metrics |= mismatch_metrics([ordered[row] for row in own], sampling, self.correction, equal)
         return outcome, experience.advantages, metrics
 
     def _rows_of_engine(self, minibatches: list[list[int]], fresh: list[bool], exact: bool) -> set[int]:
@@ -602,6 +603,11 @@ class SPOModule(LightningModule):
     def tool_tokens(self) -> int:
         """Most tokens that tools add to a completion."""
         return 0 if self.tool_use is None else self.tool_use.max_tool_tokens
+
+    @property
+    def _computes_alike(self) -> bool:
+        """Whether engine and trainer differ by float32 rounding alone."""
+        return self.engine.computes_as_policy and self._generation_dtype == "float32"
 
     @property
     def _generation_dtype(self) -> str:

@@ -53,11 +53,14 @@ class RolloutEngine(ABC):
     Attributes:
         runs_in_background: whether open requests also advance between two calls of ``step``, on other devices. They
             then stay open while the trainer updates the policy.
+        computes_as_policy: whether it runs the policy's own model in the dtype of ``EngineContext``, so that in float32
+            its log-probabilities are the trainer's but for rounding.
         ranks_per_engine: neighbouring ranks that drive one engine together (tensor parallelism). They make the same
             calls with the same requests in the same order, and get the same completions.
     """
 
     runs_in_background: bool = False
+    computes_as_policy: bool = False
     ranks_per_engine: int = 1
 
     @abstractmethod

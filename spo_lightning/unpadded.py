@@ -7,6 +7,9 @@ attention does not look, so no mask is needed, and the fastest kernels of ``scal
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -47,6 +50,11 @@ def _attention(
         (1, T, heads, D), and no weights.
     """
     if cells is None or grid is None:
+        if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+            raise RuntimeError(
+                f"{type(module).__name__} was not told where its tokens belong, so sequences would see each other; "
+                "set model.policy.attn_implementation to eager for this model"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     rows, columns = grid
 
@@ -63,11 +71,31 @@ AttentionMaskInterface.register(UNPADDED, sdpa_mask)
 
 
 def use_unpadded(model: Any) -> None:
-    """Give a Transformers model with "sdpa" this attention, if all its layers attend to the whole context."""
-    layers = DynamicCache(config=model.config).layers
-    whole = all(type(layer) is DynamicLayer for layer in layers) and not model._is_stateful
-    if model.config._attn_implementation == "sdpa" and whole:
+    """Give a Transformers model with "sdpa" this attention.
+
+    Only if every layer is causal, attends to the whole context and, by its source, hands on to its attention what it
+    does not know; other models keep theirs, and their padding.
+    """
+    if model.config._attn_implementation != "sdpa" or model._is_stateful:
+        return
+    caches = DynamicCache(config=model.config).layers
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    attention = [module for module in model.modules() if hasattr(module, "is_causal")]
+    whole = all(type(cache) is DynamicLayer for cache in caches)
+    causal = len(layers) == len(attention) == len(caches) and all(module.is_causal for module in attention)
+    if whole and causal and all(map(_hands_on, {type(module) for module in (*layers, *attention)})):
         model.set_attn_implementation(UNPADDED)
+
+
+def _hands_on(module_class: type[nn.Module]) -> bool:
+    """Whether a call in a module's ``forward`` gets all further keyword arguments."""
+    try:
+        source = inspect.getsource(inspect.unwrap(module_class.forward))
+    except OSError:  # there is none
+        return False
+    calls = (node for node in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(node, ast.Call))
+    return any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:

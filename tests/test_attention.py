@@ -54,6 +54,14 @@ def test_it_equals_the_fused_kernel_in_values_and_gradients(key_heads, new, widt
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+def test_values_may_be_narrower_than_keys(monkeypatch):
+    query, key, value = (x.detach() for x in tensors())
+    expected, _ = sdpa_attention_forward(Layer(2), query, key, value[..., :3], None)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", forbidden)
+    found, _ = attend(Layer(2), query, key, value[..., :3], None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spo_lightning.algorithms import ImportanceSampling
+from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.types import SamplingParams
 
 from runs import Recorder, make_run
@@ -80,6 +81,21 @@ def test_where_they_may_differ_the_trainer_scores(tmp_path, options):
 def test_an_engine_that_is_less_exact_is_not_taken_for_the_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr("spo_lightning.module.EXACT", 0.0)
     _, _, scored = train(tmp_path, data={"batch_size": 8, "num_iterations": 1})
+    assert scored == [CHECK, 4]
+
+
+def test_bfloat16_is_scored_though_a_short_probe_may_agree(tmp_path, monkeypatch):
+    """The probe finds no difference, as one of near-certain tokens would; half of 8 completions are scored."""
+    monkeypatch.setattr("spo_lightning.generation.check_weights", lambda *arguments: 0.0)
+    data, precision = {"batch_size": 8, "num_iterations": 1}, {"precision": "bf16-true"}
+    assert train(tmp_path, data=data, trainer=precision)[2] == [4]
+    assert train(tmp_path, data=data)[2] == [0]
+
+
+def test_an_engine_of_another_kind_is_scored(tmp_path):
+    engine = TransformersEngine()
+    engine.computes_as_policy = False
+    _, _, scored = train(tmp_path, data={"batch_size": 8, "num_iterations": 1}, engine=engine)
     assert scored == [CHECK, 4]
 
 

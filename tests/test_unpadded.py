@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    NemotronConfig,
+    NemotronForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from spo_lightning.policy import Policy, PolicyConfig, export_policy, load_policy
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
@@ -91,6 +98,37 @@ def test_windows_and_other_attention_keep_their_own(attention):
         for s in sequences
     ]
     torch.testing.assert_close(logprobs, torch.cat(expected), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class"), [(StableLmConfig, StableLmForCausalLM), (NemotronConfig, NemotronForCausalLM)]
+)
+def test_layers_that_keep_to_themselves_what_they_do_not_know_are_padded(config_class, model_class):
+    """They would not tell attention where the tokens belong, and sequences would see each other."""
+    config = config_class(
+        vocab_size=45,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = model_class(config).double().eval()
+    use_unpadded(model)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation(UNPADDED)
+    with pytest.raises(RuntimeError, match="was not told where its tokens belong, .*attn_implementation to eager"):
+        hidden_states(model.base_model, *padded()[:3])
+
+
+def test_a_model_without_a_mask_of_its_own_is_not_taken():
+    model = make_model()
+    model.base_model.layers[1].self_attn.is_causal = False
+    use_unpadded(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_an_exported_policy_does_not_name_it(tmp_path):

@@ -79,14 +79,16 @@ class RowLayer(DynamicLayer):
         Args:
             keys: (m, H, w, D).
             values: (m, H, w, D).
-            sources: (n,) int64, which of the m each new row takes.
+            sources: (n,) int64, ascending, which of the m each new row takes; all of them are taken.
             total_rows: rows to make room for.
         """
         count, width = len(sources), keys.shape[-2]
+        if count > len(keys):  # as many are in order
+            keys, values = keys[sources], values[sources]
         buffer = self._reserve(keys, total_rows, max(width, self._end - self._start), 1)
         first = self._end - width
-        buffer[0, self._rows : self._rows + count, :, first : self._end] = keys[sources]
-        buffer[1, self._rows : self._rows + count, :, first : self._end] = values[sources]
+        buffer[0, self._rows : self._rows + count, :, first : self._end] = keys
+        buffer[1, self._rows : self._rows + count, :, first : self._end] = values
         self._rows += count
         self._start = min(self._start, first)
         self._show(buffer)
@@ -131,7 +133,7 @@ class RowCache(Cache):
 
         Args:
             prefilled: cache with m rows.
-            sources: which of them each of the n new rows takes; several may take the same.
+            sources: ascending, which of them each of the n new rows takes; each is taken once or more.
             total_rows: rows to make room for, at least the present ones and n; more when others follow at once.
         """
         chosen = torch.tensor(sources, dtype=torch.int64, device=prefilled.layers[0].keys.device)

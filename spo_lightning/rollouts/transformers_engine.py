@@ -46,6 +46,8 @@ class TransformersEngine(RolloutEngine):
             memory.
     """
 
+    computes_as_policy = True
+
     def __init__(
         self,
         max_batch_size: int = 128,
