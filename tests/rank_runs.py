@@ -1,8 +1,12 @@
-"""Runs of ``test_ranks.py`` in one of several processes: python tests/rank_runs.py FOLDER, under torchrun's variables.
+"""Runs of ``test_ranks.py`` in several processes: python tests/rank_runs.py FOLDER.
 
-Every strategy trains from the same start, then goes on from a checkpoint in the middle; rank 0 writes what came of it.
+In two processes every strategy trains from the same start, then goes on from a checkpoint in the middle; three go on
+from those checkpoints. Each rank writes what came of it. The ranks are forked from a process that has imported
+everything, which takes longer than most of their runs, and find each other by torchrun's variables.
 """
 
+import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.multiprocessing import start_processes
 
 from spo_lightning.callbacks import IterationCheckpoint
 from spo_lightning.data.loaders import Benchmark
@@ -34,6 +39,9 @@ STRATEGIES: dict[str, Any] = {
 CARRYING: dict[str, Any] = {"carrying-ddp": DDPStrategy, "carrying-fsdp2": FSDP2Strategy}
 SPREAD = SamplingParams(max_tokens=10, stop=tuple("abcdefgh"))
 ITERATIONS, SAVED_AT = 4, 2
+
+# What three processes go on from: strategy that wrote the checkpoint in the middle, in two processes or in one.
+IN_THREE = {"fsdp-in-three": "fsdp", "fsdp2-in-three": "fsdp2", "fsdp2-from-one-in-three": "one"}
 
 # Plain gradient descent, where equal weights are equal gradients: folder of the inputs, strategy, policy, settings.
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "max_grad_norm": None}
@@ -135,28 +143,60 @@ def tool_settings() -> dict[str, Any]:
     return {"tool_use": use, "sampling": SamplingParams(max_tokens=16), "micro_batch_tokens": 48, **SGD}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def save(folder: Path, name: str, **runs: dict[str, Any]) -> None:
+    torch.save(runs, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+
+
+def in_the_middle(folder: Path, name: str) -> Path:
+    """A run's checkpoint between its first and its last iteration."""
+    return folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+
+
+def run_in_two(folder: Path) -> None:
     for name, build in STRATEGIES.items():
         whole = run(folder, name, build(), 2)
-        middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
-        resumed = run(folder, f"{name}-resumed", build(), 2, middle)
-        torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
-        from_one = folder / "one-checkpoints" / middle.name
-        continued = run(folder, f"{name}-from-one", build(), 2, from_one)
-        torch.save({"whole": continued}, folder / f"{name}-from-one-rank{torch.distributed.get_rank()}.pt")
+        resumed = run(folder, f"{name}-resumed", build(), 2, in_the_middle(folder, name))
+        save(folder, name, whole=whole, resumed=resumed)
+        from_one = run(folder, f"{name}-from-one", build(), 2, in_the_middle(folder, "one"))
+        save(folder, f"{name}-from-one", whole=from_one)
     for name, build in CARRYING.items():
         carry = {"oversampling": 1.6, "sampling": SPREAD, "policy": None}
         whole = run(folder, name, build(), 2, **carry)
-        middle = folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
-        resumed = run(folder, f"{name}-resumed", build(), 2, middle, **carry)
-        torch.save({"whole": whole, "resumed": resumed}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
-    whole = run(folder, "tools-ddp", DDPStrategy(), 2, **tool_settings())
-    torch.save({"whole": whole}, folder / f"tools-ddp-rank{torch.distributed.get_rank()}.pt")
+        resumed = run(folder, f"{name}-resumed", build(), 2, in_the_middle(folder, name), **carry)
+        save(folder, name, whole=whole, resumed=resumed)
+    save(folder, "tools-ddp", whole=run(folder, "tools-ddp", DDPStrategy(), 2, **tool_settings()))
     for name, (inputs, _, build, policy) in VARIANTS.items():
-        whole = run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy))
-        torch.save({"whole": whole}, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
+        save(folder, name, whole=run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy)))
+
+
+def run_in_three(folder: Path) -> None:
+    for name, writer in IN_THREE.items():
+        strategy = STRATEGIES[name.split("-")[0]]()
+        save(folder, name, whole=run(folder, name, strategy, 3, in_the_middle(folder, writer)))
+
+
+def become_rank(rank: int, count: int, port: int, folder: Path) -> None:
+    """Of ``count`` ranks."""
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    {2: run_in_two, 3: run_in_three}[count](folder)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for count in (2, 3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start_processes(become_rank, (count, port, Path(sys.argv[1])), count, start_method="fork")
 
 
 if __name__ == "__main__":

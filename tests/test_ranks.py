@@ -1,11 +1,10 @@
-"""Two real processes compute what one computes: DDP, FSDP and FSDP2, on batches that do not divide by two.
+"""Two or three real processes compute what one computes: DDP, FSDP and FSDP2, on batches that do not divide by them.
 
 The processes train once for the whole file (``rank_runs.py``); the tests compare what they wrote.
 """
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +24,19 @@ from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
 from cpu_fsdp import CPUFSDPStrategy
-from rank_runs import CARRYING, ITERATIONS, SAVED_AT, SPREAD, STRATEGIES, VARIANTS, run, settings_of, tool_settings
+from rank_runs import (
+    CARRYING,
+    IN_THREE,
+    ITERATIONS,
+    SAVED_AT,
+    SPREAD,
+    STRATEGIES,
+    VARIANTS,
+    in_the_middle,
+    run,
+    settings_of,
+    tool_settings,
+)
 from runs import make_run, write_inputs
 
 EXACT = ("prompts", "completions")
@@ -45,36 +56,17 @@ def folder(tmp_path_factory) -> Path:
             for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
                 config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
             run(path, "one", "auto", 1)
-            train_on_two_processes(path)
+            train_on_processes(path)
     return path
 
 
-def train_on_two_processes(path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        variables = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(Path(__file__).with_name("rank_runs.py")), str(path)]
-        with (path / f"log{rank}").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=400) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], "\n".join((path / f"log{rank}").read_text()[-3000:] for rank in range(2))
+def train_on_processes(path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("rank_runs.py")), str(path)]
+    with (path / "log").open("w") as log:
+        ended = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=400, check=False
+        )
+    assert ended.returncode == 0, (path / "log").read_text()[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +153,7 @@ def test_benchmarks_answered_by_two_processes_are_those_of_one(folder, alone, st
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, alone, strategy):
-    middle = folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+    middle = in_the_middle(folder, strategy)
     assert middle.is_dir() is (strategy != "ddp")  # sharded ones are folders
     assert_same(run(folder, f"{strategy}-in-one", "auto", 1, middle), alone, SAVED_AT)
 
@@ -169,6 +161,13 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, alone, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_of_one_process_goes_on_in_two(folder, alone, strategy):
     assert_same(load(folder, f"{strategy}-from-one")["whole"], alone, SAVED_AT)
+
+
+@pytest.mark.parametrize("name", IN_THREE)
+def test_a_checkpoint_of_two_processes_or_of_one_goes_on_in_three(folder, alone, name):
+    assert len({path.name for path in folder.glob(f"{name}-rank?.pt")}) == 3
+    for rank in range(3):
+        assert_same(load(folder, name, rank)["whole"], alone, SAVED_AT)
 
 
 @pytest.mark.parametrize("strategy", CARRYING)
@@ -185,7 +184,7 @@ def test_two_processes_carry_over_what_neither_waited_for(folder, strategy):
 
 @pytest.mark.parametrize("strategy", CARRYING)
 def test_a_checkpoint_with_carried_rollouts_goes_on_in_one_process(folder, strategy):
-    middle = folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
+    middle = in_the_middle(folder, strategy)
     alone = run(folder, f"{strategy}-in-one", "auto", 1, middle, oversampling=1.6, sampling=SPREAD)
     whole = load(folder, strategy)["whole"]
     assert alone["prompts"][0] == whole["prompts"][SAVED_AT]
@@ -212,7 +211,7 @@ def test_a_checkpoint_becomes_a_hugging_face_folder(folder, strategy, capsys):
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_each_rank_writes_half_of_a_sharded_checkpoint(folder, strategy):
-    metadata = FileSystemReader(folder / f"{strategy}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt").read_metadata()
+    metadata = FileSystemReader(in_the_middle(folder, strategy)).read_metadata()
     elements: Counter[str] = Counter()
     for index, stored in metadata.storage_data.items():
         described = metadata.state_dict_metadata[index.fqn]
