@@ -6,6 +6,7 @@ everything, which takes longer than most of their runs, and find each other by t
 """
 
 import os
+import signal
 import socket
 import sys
 from functools import partial
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing import start_processes
 
 from spo_lightning.callbacks import IterationCheckpoint
@@ -38,7 +41,7 @@ STRATEGIES: dict[str, Any] = {
 # Runs that carry unfinished rollouts over, and lengths that differ enough for it.
 CARRYING: dict[str, Any] = {"carrying-ddp": DDPStrategy, "carrying-fsdp2": FSDP2Strategy}
 SPREAD = SamplingParams(max_tokens=10, stop=tuple("abcdefgh"))
-ITERATIONS, SAVED_AT = 4, 2
+ITERATIONS, SAVED_AT, STOPPED_AT = 4, 2, 1
 
 # What three processes go on from: strategy that wrote the checkpoint in the middle, in two processes or in one.
 IN_THREE = {"fsdp-in-three": "fsdp", "fsdp2-in-three": "fsdp2", "fsdp2-from-one-in-three": "one"}
@@ -79,6 +82,14 @@ class Trajectory(Recorder):
         self.carried.append([[i, t.tolist()] for i, t in zip(state["index"].tolist(), tokens, strict=True)])
 
 
+class Notice(Callback):
+    """SIGTERM to the last rank alone, in the iteration after which the run is to stop."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch.iteration + 1 == STOPPED_AT and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run(
     folder: Path,
     name: str,
@@ -87,14 +98,15 @@ def run(
     ckpt_path: Path | None = None,
     policy: dict[str, Any] | None = None,
     oversampling: float = 1.0,
+    notice: bool = False,
     **module_settings: Any,
 ) -> dict[str, Any]:
     """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
-    trajectory = Trajectory()
+    trajectory, told = Trajectory(), False
     checkpoint = IterationCheckpoint(every_n_iterations=SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
     trainer, module, data = make_run(
         folder,
-        callbacks=[trajectory, checkpoint],
+        callbacks=[trajectory, checkpoint, *([Notice()] if notice else [])],
         data={
             "num_iterations": ITERATIONS,
             "batch_size": 5,
@@ -112,8 +124,12 @@ def run(
         policy=policy,
         **{"micro_batch_tokens": 26, **module_settings},
     )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+    try:
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+    except SIGTERMException:
+        told = True
     return {
+        "told": told,
         "prompts": [[prompt.index for prompt in batch.prompts] for batch in trajectory.batches],
         "ended": [outcome.ended.tolist() for outcome in trajectory.outcomes],
         "carried": trajectory.carried,
@@ -159,6 +175,9 @@ def run_in_two(folder: Path) -> None:
         save(folder, name, whole=whole, resumed=resumed)
         from_one = run(folder, f"{name}-from-one", build(), 2, in_the_middle(folder, "one"))
         save(folder, f"{name}-from-one", whole=from_one)
+    stopped = run(folder, "fsdp2-stopped", FSDP2Strategy(), 2, notice=True)
+    last = folder / "fsdp2-stopped-checkpoints" / "last.ckpt"
+    save(folder, "fsdp2-stopped", stopped=stopped, resumed=run(folder, "fsdp2-restarted", FSDP2Strategy(), 2, last))
     for name, build in CARRYING.items():
         carry = {"oversampling": 1.6, "sampling": SPREAD, "policy": None}
         whole = run(folder, name, build(), 2, **carry)

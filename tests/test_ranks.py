@@ -30,6 +30,7 @@ from rank_runs import (
     ITERATIONS,
     SAVED_AT,
     SPREAD,
+    STOPPED_AT,
     STRATEGIES,
     VARIANTS,
     in_the_middle,
@@ -168,6 +169,23 @@ def test_a_checkpoint_of_two_processes_or_of_one_goes_on_in_three(folder, alone,
     assert len({path.name for path in folder.glob(f"{name}-rank?.pt")}) == 3
     for rank in range(3):
         assert_same(load(folder, name, rank)["whole"], alone, SAVED_AT)
+
+
+def test_one_rank_that_is_told_to_end_stops_both_with_a_sharded_checkpoint_that_resumes_exactly(folder):
+    runs, whole = load(folder, "fsdp2-stopped"), load(folder, "fsdp2")["whole"]
+    assert [load(folder, "fsdp2-stopped", rank)["stopped"]["told"] for rank in range(2)] == [True, True]
+    saved = folder / "fsdp2-stopped-checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == [
+        *(f"iteration-{done:06d}.ckpt" for done in (0, STOPPED_AT)),  # a drawn start is saved before the first
+        "last.ckpt",
+    ]
+    assert len(list((saved / "last.ckpt").glob("*.distcp"))) == 2  # a part of each rank
+    assert (len(runs["stopped"]["prompts"]), len(runs["resumed"]["prompts"])) == (STOPPED_AT, ITERATIONS - STOPPED_AT)
+    for key in EXACT:
+        assert runs["stopped"][key] + runs["resumed"][key] == whole[key]
+    for key in CLOSE:
+        torch.testing.assert_close(runs["stopped"][key] + runs["resumed"][key], whole[key], rtol=0, atol=0)
+    torch.testing.assert_close(runs["resumed"]["weights"], whole["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("strategy", CARRYING)
