@@ -46,6 +46,8 @@ ITERATIONS, SAVED_AT, STOPPED_AT = 4, 2, 1
 # What three processes go on from: strategy that wrote the checkpoint in the middle, in two processes or in one.
 IN_THREE = {"fsdp-in-three": "fsdp", "fsdp2-in-three": "fsdp2", "fsdp2-from-one-in-three": "one"}
 
+PROBE = torch.tensor([3, 4, 30, 12, 6, 2])  # tokens after which a policy tells how likely each token is
+
 # Plain gradient descent, where equal weights are equal gradients: folder of the inputs, strategy, policy, settings.
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "max_grad_norm": None}
 LORA = {"lora": LoraSettings(rank=2, alpha=8)}
@@ -145,7 +147,18 @@ def run(
         "calls": [m.get("tools/count/calls") for m in trajectory.metrics],
         "weights": full_state(module.policy, keep=True),
         "benchmark": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
+        "next": next_tokens(module.policy),
     }
+
+
+@torch.no_grad()
+def next_tokens(policy: torch.nn.Module) -> torch.Tensor:
+    """Log-probability of every token after ``PROBE``, by the policy as it is trained: each one ends a row."""
+    count = policy.model.config.vocab_size
+    ids = torch.cat([PROBE.expand(count, -1), torch.arange(count)[:, None]], dim=1)
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    last[:, -1] = True
+    return policy(ids, torch.arange(ids.shape[1]).expand_as(ids), last, 1.0)[0]
 
 
 def settings_of(policy: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rank_runs import (
     CARRYING,
     IN_THREE,
     ITERATIONS,
+    PROBE,
     SAVED_AT,
     SPREAD,
     STOPPED_AT,
@@ -225,6 +226,23 @@ def test_a_checkpoint_becomes_a_hugging_face_folder(folder, strategy, capsys):
     assert weights.keys() <= exported.keys()
     for name, value in weights.items():
         assert torch.equal(exported[name], value), name
+
+
+@pytest.mark.parametrize("variant", ["lora-ddp", "lora-fsdp", "lora-fsdp2"])
+def test_the_export_of_a_checkpoint_with_adapters_computes_what_the_run_did(folder, variant, tmp_path):
+    """Log-probabilities of all tokens: the run's by ranks that hold adapters, the folder's by Transformers alone."""
+    inputs, _, _, policy = VARIANTS[variant]
+    last = folder / inputs / f"{variant}-checkpoints" / "last.ckpt"
+    assert last.is_dir() is (variant != "lora-ddp")
+    trainer, module, data = make_run(folder / inputs, policy=policy)
+    trainer.export(module, data, str(last), str(tmp_path / "policy"))
+    exported, info = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", output_loading_info=True)
+    assert not any(info.values())
+    start = AutoModelForCausalLM.from_pretrained(folder / inputs / "start")
+    after, before = (model(PROBE[None]).logits[0, -1].log_softmax(-1) for model in (exported, start))
+    assert (after - before).abs().max() > 0.05
+    for rank in range(2):
+        torch.testing.assert_close(load(folder, variant, rank)["whole"]["next"], after, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
