@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,18 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
+from torch.utils._pytree import tree_leaves
 
 from spo_lightning.callbacks import IterationCheckpoint
 from spo_lightning.data.loaders import Benchmark
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.value_start import DrawValues
 from spo_lightning.lora import LoraSettings
-from spo_lightning.sharding import full_state
+from spo_lightning.memory_trace import LiveBytes
+from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.sharding import full_parameters, full_state
 from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import SamplingParams
@@ -69,12 +75,15 @@ VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
 
 
 class Trajectory(Recorder):
-    """Also keeps the tracker's values after every iteration."""
+    """Also keeps the tracker's values after every iteration; tells the engine what the policy is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.values: list[torch.Tensor] = []
         self.carried: list[list[Any]] = []
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        module.engine.policy = module.policy
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
@@ -82,6 +91,38 @@ class Trajectory(Recorder):
         state = module.generation.state_dict()
         tokens = state["token_ids"].split(state["length"].tolist())
         self.carried.append([[i, t.tolist()] for i, t in zip(state["index"].tolist(), tokens, strict=True)])
+
+
+class NewBytes(LiveBytes):
+    """Counts what operations under it create, beside the parameters that were there: of sharded ones the rank's part.
+
+    A ``DTensor`` itself is not counted, as its storage is empty; the tensor that it wraps is.
+    """
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        values = [parameter.detach() for model in models for parameter in model.parameters()]
+        super().__init__([value.to_local() if isinstance(value, DTensor) else value for value in values])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+
+class WeighingEngine(TransformersEngine):
+    """Notes the most bytes alive at once while it takes weights, beside its own and the policy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy: Any = None
+        self.peaks: list[int] = []
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        with NewBytes(self._model, self.policy) as memory:
+            super().update_weights(named_parameters, version)
+        self.peaks.append(memory.peak)
 
 
 class Notice(Callback):
@@ -104,7 +145,7 @@ def run(
     **module_settings: Any,
 ) -> dict[str, Any]:
     """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
-    trajectory, told = Trajectory(), False
+    trajectory, engine, told = Trajectory(), WeighingEngine(), False
     checkpoint = IterationCheckpoint(every_n_iterations=SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
     trainer, module, data = make_run(
         folder,
@@ -124,6 +165,7 @@ def run(
             "logger": False,
         },
         policy=policy,
+        engine=engine,
         **{"micro_batch_tokens": 26, **module_settings},
     )
     try:
@@ -147,8 +189,20 @@ def run(
         "calls": [m.get("tools/count/calls") for m in trajectory.metrics],
         "weights": full_state(module.policy, keep=True),
         "benchmark": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
+        "bytes": {
+            "pushed": max(engine.peaks),
+            "dropped": gathered_bytes(module.policy, 0),
+            "kept": gathered_bytes(module.policy, None),
+        },
         "next": next_tokens(module.policy),
     }
+
+
+def gathered_bytes(policy: torch.nn.Module, keep: int | None) -> int:
+    """Most bytes alive at once, beside the policy's own, while so many of its full parameters are kept; None: all."""
+    with NewBytes(policy) as memory:
+        deque(full_parameters(policy), maxlen=keep)
+    return memory.peak
 
 
 @torch.no_grad()
