@@ -155,10 +155,13 @@ def mismatch_metrics(
     return metrics
 
 
-def timing_metrics(seconds: dict[str, float], total: float, tokens: int) -> dict[str, float]:
-    """Seconds by stage and sampled tokens per second of the whole iteration."""
+def timing_metrics(
+    seconds: dict[str, float], total: float, tokens: int, engine_idle: float | None = None
+) -> dict[str, float]:
+    """Seconds by stage, sampled tokens per second of the whole iteration, and what a background engine idled."""
     return {
         **{f"timing/{stage}_s": value for stage, value in seconds.items()},
+        **({} if engine_idle is None else {"timing/engine_idle_s": engine_idle}),
         "timing/iteration_s": total,
         "perf/tokens_per_second": tokens / total,
     }

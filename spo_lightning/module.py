@@ -349,7 +349,8 @@ class SPOModule(LightningModule):
         self.tokens_seen += tokens + int(collected.metrics.get("collection/dropped_tokens", 0))
         metrics |= {"progress/completions": float(self.completions_seen), "progress/tokens": float(self.tokens_seen)}
         metrics |= curriculum_metrics(collected.baseline)
-        metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens)
+        idle = self.generation.engine.take_idle_seconds()
+        metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens, idle)
         self.log_dict(metrics, on_step=True, on_epoch=False)
         by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, advantages.tolist(), strict=True))
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)

@@ -97,6 +97,14 @@ class RolloutEngine(ABC):
     def num_open(self) -> int:
         """Requests submitted and neither returned nor aborted."""
 
+    def take_idle_seconds(self) -> float | None:
+        """Seconds since the last call, or the start, in which no request was left to work on.
+
+        Of an engine that runs in the background; ``None`` where it is not known, or where the engine works only when it
+        is called.
+        """
+        return None
+
     @abstractmethod
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy new weights in, streamed one full parameter at a time under the policy's names.

@@ -18,9 +18,11 @@ from spo_lightning.nonfinite import NonFiniteError
 from spo_lightning.policy import PolicyConfig, load_policy
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
+from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import Grade, SamplingParams
 
 from runs import Recorder, digit_share, make_run, write_inputs
+from tool_runs import Count, LetterFormat
 
 ENDS_EARLY = SamplingParams(max_tokens=8, stop=tuple("abcdefghijk"))
 
@@ -48,6 +50,37 @@ def standardised(raw: list[float], lengths: list[int]) -> list[float]:
     mean = sum(n * a for n, a in zip(lengths, raw, strict=True)) / total
     variance = sum(n * (a - mean) ** 2 for n, a in zip(lengths, raw, strict=True)) / (total - 1)
     return [(a - mean) / (math.sqrt(variance) + 1e-8) for a in raw]
+
+
+# What waits for what
+
+
+class IdlingEngine(TransformersEngine):
+    """Has idled one second more each time that it is asked."""
+
+    seconds = 4.0
+
+    def take_idle_seconds(self):
+        self.seconds += 1
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    "tool_use", [None, ToolUse([Count()], LetterFormat(), max_tool_tokens=16)], ids=["alone", "tools"]
+)
+def test_what_an_engine_idled_is_taken_once_an_iteration(tmp_path, tool_use):
+    recorder = Recorder()
+    settings = {"engine": IdlingEngine(), "tool_use": tool_use, "micro_batch_tokens": 64}
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder], **settings)
+    trainer.fit(module, data)
+    assert [metrics["timing/engine_idle_s"] for metrics in recorder.metrics] == [5, 6, 7]
+
+
+def test_an_engine_that_works_only_when_called_does_not_idle(tmp_path):
+    recorder = Recorder()
+    trainer, module, data = make_run(tmp_path, callbacks=[recorder], data={"num_iterations": 1})
+    trainer.fit(module, data)
+    assert "timing/rollout_s" in recorder.metrics[0] and "timing/engine_idle_s" not in recorder.metrics[0]
 
 
 # Log-probabilities and entropy

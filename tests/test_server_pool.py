@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,13 +42,15 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 @asynccontextmanager
-async def pool_of(*servers: FakeServer, streams: int = 256, probe: float = 0.05) -> AsyncIterator[ServerPool]:
+async def pool_of(
+    *servers: FakeServer, streams: int = 256, probe: float = 0.05, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[ServerPool]:
     """A pool that has looked at its servers once."""
     async with aiohttp.ClientSession() as session:
         for server in servers:
             await server.start()
         clients = [ServerClient(server.url, session, 5.0, 20.0, 60.0) for server in servers]
-        pool = ServerPool(clients, ServerCheck("policy", None), FORMAT, streams, probe)
+        pool = ServerPool(clients, ServerCheck("policy", None), FORMAT, streams, probe, clock)
         try:
             await until(lambda: "was not asked yet" not in pool.causes())
             yield pool
@@ -262,6 +265,42 @@ async def test_a_missing_route_is_named_with_its_option() -> None:
     server = FakeServer(status=404)
     async with pool_of(server) as pool:
         assert "lacks --enable-scale-out" in pool.causes()
+
+
+@on_a_loop
+async def test_idle_time_is_that_without_an_unfinished_request(tmp_path: Path) -> None:
+    """The test's own clock moves only between events, by a power of two each, so that a sum tells its parts."""
+    now = 0
+    server = FakeServer()
+    async with pool_of(server, clock=lambda: float(now)) as pool:
+        await until(lambda: "is usable" in pool.causes())
+        now += 1  # nothing was asked for yet
+        assert pool.idle_time.take() == 1
+        now += 2
+        ask(pool, [0, 1], tokens=100_000)
+        await until(lambda: server.running == 2)
+        now += 4
+        ask(pool, [2], tokens=3)
+        await until(lambda: pool.partials()[2].finish_reason == "length")  # the others go on
+        now += 8
+        pool.remove([0])
+        now += 16
+        await pool.want(Target(9, "weights of nobody"), 5.0)
+        await until(lambda: "not version 9" in pool.causes() and not server.running)  # a request waits for a server
+        now += 32
+        assert pool.idle_time.take() == 2
+        pool.remove([1])
+        now += 64
+        await pool.want(target(tmp_path, 7), 5.0)
+        now += 128
+        ask(pool, [3], tokens=3)
+        now += 256
+        await until(lambda: pool.idle_time.idle)
+        now += 512  # it has finished, and nobody has taken it
+        assert [completion.request_id for completion in await drain(pool)] == [2, 3]
+        now += 1024
+        assert pool.idle_time.take() == 64 + 128 + 512 + 1024
+        assert pool.idle_time.take() == 0
 
 
 class WeightServer(FakeServer):

@@ -13,11 +13,12 @@ import contextlib
 import heapq
 import math
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spo_lightning.rollouts.idle_time import IdleTime
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerAway, ServerClient, ServerRefused, ServerUnavailable
@@ -38,6 +39,10 @@ class ServerPool:
         requests: how to ask for tokens.
         max_streams: most requests open at one server.
         probe_interval: seconds between two looks at a server.
+        clock: gives the seconds that ``idle_time`` counts.
+
+    Attributes:
+        idle_time: seconds in which no request was unfinished, usable servers or not.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class ServerPool:
         requests: RequestFormat,
         max_streams: int,
         probe_interval: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.idle_time = IdleTime(clock)
         self._servers = [Server(client) for client in clients]
         self._requests = requests
         self._max_streams = max_streams
@@ -70,6 +77,7 @@ class ServerPool:
             self._submitted += 1
             self._open[row.request.request_id] = job
             heapq.heappush(self._waiting, (job.rank, job))
+        self._note_work()
         self._dispatch()
 
     async def take(self, wait: float, give_up_after: float) -> list[Completion]:
@@ -103,6 +111,7 @@ class ServerPool:
         for server in self._servers:
             for job in server.streams.keys() & set(jobs):
                 server.streams[job].cancel()
+        self._note_work()
         return [job.row.completion(job.reason or "aborted") for job in jobs]
 
     def partials(self) -> list[Completion]:
@@ -245,8 +254,12 @@ class ServerPool:
         del server.streams[job]
         if job.reason is None:
             heapq.heappush(self._waiting, (job.rank, job))
+        self._note_work()
         self._dispatch()
         self._changed.set()
+
+    def _note_work(self) -> None:
+        self.idle_time.note(idle=all(job.reason is not None for job in self._open.values()))
 
     def _take_finished(self) -> list[Completion]:
         done = [request_id for request_id, job in self._open.items() if job.reason is not None]

@@ -176,6 +176,10 @@ class ToolEngine(RolloutEngine):
         """Requests submitted and neither returned nor aborted."""
         return len(self._open)
 
+    def take_idle_seconds(self) -> float | None:
+        """Of the inner engine, which has nothing to do while all completions wait for tools."""
+        return self.engine.take_idle_seconds()
+
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Of the inner engine."""
         with self._lock:

@@ -197,6 +197,13 @@ class VLLMServerEngine(RolloutEngine):
         """Requests submitted and neither returned nor aborted."""
         return 0 if self._thread is None else len(self._pool)
 
+    def take_idle_seconds(self) -> float:
+        """Seconds since the last call, or the start, in which this rank had no unfinished request for any server.
+
+        Requests that wait while no server is usable, or while all load weights, are unfinished.
+        """
+        return self._started().call(self._pool.idle_time.take)
+
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give the servers new weights. Open requests keep their tokens and go on under the new weights.
 

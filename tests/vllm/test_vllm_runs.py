@@ -140,6 +140,7 @@ def test_servers_go_on_while_the_policy_trains(served):
     assert all(row["sampling/push_difference"] < 3e-5 for row in metrics)
     assert max(row["collection/staleness_max"] for row in metrics) <= 2
     assert max(row["collection/ready"] for row in metrics[1:]) > 0
+    assert metrics[0]["timing/engine_idle_s"] > 0  # nothing was asked for before the first push
 
 
 def test_a_run_on_servers_goes_on_after_the_server_was_killed(served):
