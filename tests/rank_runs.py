@@ -3,11 +3,13 @@
 In two processes every strategy trains from the same start, then goes on from a checkpoint in the middle; three go on
 from those checkpoints. Each rank writes what came of it. The ranks are forked from a process that has imported
 everything, which takes longer than most of their runs, and find each other by torchrun's variables.
+Also what starts two processes of another script, and compares what came of runs.
 """
 
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -15,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -29,6 +32,7 @@ from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.value_start import DrawValues
 from spo_lightning.lora import LoraSettings
 from spo_lightning.memory_trace import LiveBytes
+from spo_lightning.protocols import RolloutEngine
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.sharding import full_parameters, full_state
 from spo_lightning.strategies import FSDP2Strategy
@@ -48,6 +52,8 @@ STRATEGIES: dict[str, Any] = {
 CARRYING: dict[str, Any] = {"carrying-ddp": DDPStrategy, "carrying-fsdp2": FSDP2Strategy}
 SPREAD = SamplingParams(max_tokens=10, stop=tuple("abcdefgh"))
 ITERATIONS, SAVED_AT, STOPPED_AT = 4, 2, 1
+EXACT = ("prompts", "completions")
+CLOSE = ("baseline", "reward", "drift", "advantages", "values")
 
 # What three processes go on from: strategy that wrote the checkpoint in the middle, in two processes or in one.
 IN_THREE = {"fsdp-in-three": "fsdp", "fsdp2-in-three": "fsdp2", "fsdp2-from-one-in-three": "one"}
@@ -83,7 +89,8 @@ class Trajectory(Recorder):
         self.carried: list[list[Any]] = []
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        module.engine.policy = module.policy
+        if isinstance(module.engine, WeighingEngine):
+            module.engine.policy = module.policy
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
@@ -142,10 +149,12 @@ def run(
     policy: dict[str, Any] | None = None,
     oversampling: float = 1.0,
     notice: bool = False,
+    engine: RolloutEngine | None = None,
     **module_settings: Any,
 ) -> dict[str, Any]:
     """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
-    trajectory, engine, told = Trajectory(), WeighingEngine(), False
+    trajectory, told = Trajectory(), False
+    engine = WeighingEngine() if engine is None else engine
     checkpoint = IterationCheckpoint(every_n_iterations=SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
     trainer, module, data = make_run(
         folder,
@@ -187,10 +196,11 @@ def run(
         "values": trajectory.values,
         "metrics": [{k: v for k, v in m.items() if k.startswith(("policy", "val"))} for m in trajectory.metrics],
         "calls": [m.get("tools/count/calls") for m in trajectory.metrics],
+        "push": [m["sampling/push_difference"] for m in trajectory.metrics],
         "weights": full_state(module.policy, keep=True),
         "benchmark": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
         "bytes": {
-            "pushed": max(engine.peaks),
+            "pushed": max(engine.peaks) if isinstance(engine, WeighingEngine) else None,
             "dropped": gathered_bytes(module.policy, 0),
             "kept": gathered_bytes(module.policy, None),
         },
@@ -224,6 +234,51 @@ def tool_settings() -> dict[str, Any]:
     """Of a run whose completions call tools."""
     use = ToolUse([Count()], LetterFormat(), max_turns=2, max_tool_tokens=16)
     return {"tool_use": use, "sampling": SamplingParams(max_tokens=16), "micro_batch_tokens": 48, **SGD}
+
+
+def train_on_two_processes(script: Path, path: Path) -> None:
+    """Run a script on the folder ``path`` as two ranks, to their end; what they print goes to ``log0`` and ``log1``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        variables = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(script), str(path)]
+        with (path / f"log{rank}").open("w") as log:
+            ranks.append(subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=400) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0], "\n".join((path / f"log{rank}").read_text()[-3000:] for rank in range(2))
+
+
+def load(folder: Path, strategy: str, rank: int = 0) -> dict[str, Any]:
+    """What a rank wrote of its runs."""
+    return torch.load(folder / f"{strategy}-rank{rank}.pt", weights_only=False)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], skipped: int = 0) -> None:
+    """The same trajectory to rounding; ``skipped`` iterations of the expected one come before it."""
+    for key in EXACT:
+        assert found[key] == expected[key][skipped:], key
+    for key in CLOSE:
+        torch.testing.assert_close(found[key], expected[key][skipped:], rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(found["metrics"], expected["metrics"][skipped:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
 
 
 def save(folder: Path, name: str, **runs: dict[str, Any]) -> None:

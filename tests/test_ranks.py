@@ -26,6 +26,8 @@ from spo_lightning.strategies import FSDP2Strategy
 from cpu_fsdp import CPUFSDPStrategy
 from rank_runs import (
     CARRYING,
+    CLOSE,
+    EXACT,
     IN_THREE,
     ITERATIONS,
     PROBE,
@@ -34,15 +36,14 @@ from rank_runs import (
     STOPPED_AT,
     STRATEGIES,
     VARIANTS,
+    assert_same,
     in_the_middle,
+    load,
     run,
     settings_of,
     tool_settings,
 )
 from runs import make_run, write_inputs
-
-EXACT = ("prompts", "completions")
-CLOSE = ("baseline", "reward", "drift", "advantages", "values")
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +76,6 @@ def train_on_processes(path: Path) -> None:
 def alone(folder) -> dict[str, Any]:
     """The same run in this process."""
     return run(folder, f"alone-{os.getpid()}", "auto", 1)
-
-
-def load(folder: Path, strategy: str, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"{strategy}-rank{rank}.pt", weights_only=False)
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any], skipped: int = 0) -> None:
-    """The same trajectory to rounding; ``skipped`` iterations of the expected one come before it."""
-    for key in EXACT:
-        assert found[key] == expected[key][skipped:], key
-    for key in CLOSE:
-        torch.testing.assert_close(found[key], expected[key][skipped:], rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(found["metrics"], expected["metrics"][skipped:], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

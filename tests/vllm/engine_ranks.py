@@ -1,8 +1,6 @@
-"""One rank of two with a vLLM engine, run as a program: FOLDER STORE RANKS_PER_ENGINE RANK; PYTHONPATH as in pytest."""
+"""What one rank of two does with a vLLM engine and DDP alone, without a trainer; see ``fit_ranks.py``."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import distributed as dist
@@ -15,8 +13,9 @@ from spo_lightning.rollouts.vllm_engine import VLLMEngine
 from engine_runs import PROMPTS, TOKENIZER, assert_teacher_forced, request, run
 
 
-def main(folder: str, store: str, ranks_per_engine: int, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def generate_and_train(folder: str, ranks_per_engine: int) -> None:
+    """Rollouts, a DDP step on what was rolled out, pushes, close, collectives after it; twice with an engine each."""
+    rank = dist.get_rank()
     engine = VLLMEngine(kv_cache_memory_bytes=64 << 20, tensor_parallel_size=ranks_per_engine)
     assert engine.ranks_per_engine == ranks_per_engine
     context = EngineContext(folder, TOKENIZER, "cpu", "float32", (), rank=rank, world_size=2)
@@ -45,9 +44,3 @@ def main(folder: str, store: str, ranks_per_engine: int, rank: int) -> None:
         total = torch.tensor([rank + 1.0])
         dist.all_reduce(total)
         assert total.item() == 3, f"life {life}"
-    dist.destroy_process_group()
-    print("rank is done")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from spo_lightning.rollouts.vllm_engine import VLLMEngine
 from engine_runs import NEEDS_VLLM, TOKENIZER, assert_teacher_forced, make_policy, request, run, start
 
 pytestmark = NEEDS_VLLM
-
-SCRIPT = Path(__file__).with_name("engine_ranks.py")
 
 
 @pytest.fixture(scope="module")
@@ -252,26 +249,3 @@ except Exception as error:
 def test_settings_are_all_checked_at_once() -> None:
     with pytest.raises(ValueError, match=r"max_num_seqs is 0.*tensor_parallel_size is 0.*seed is -1.*sleep_level is 3"):
         VLLMEngine(max_num_seqs=0, tensor_parallel_size=0, seed=-1, sleep_level=3)
-
-
-@pytest.mark.parametrize("ranks_per_engine", [1, 2], ids=["an engine each", "one engine over both"])
-def test_two_ranks_of_a_ddp_run(policy: tuple[str, PreTrainedModel], tmp_path: Path, ranks_per_engine: int) -> None:
-    """Real processes over gloo: rollouts, a DDP step on what was rolled out, pushes, close, collectives after it."""
-    for left in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):
-        left.unlink()  # by a run of this test that was killed: vLLM gives them the same names in every run
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])}
-    command = [sys.executable, str(SCRIPT), policy[0], str(tmp_path / "store"), str(ranks_per_engine)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = []
-    for process in ranks:
-        try:
-            outputs.append(process.communicate(timeout=150)[0])
-        finally:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    assert all("rank is done" in output for output in outputs)
