@@ -419,3 +419,13 @@ def test_a_completion_without_a_sampled_token_adds_nothing() -> None:
     for correction in (None, ImportanceSampling("geometric")):
         with_it = mismatch_metrics([OLD[0], none, OLD[1]], [DRAWN[0], none, DRAWN[1]], correction)
         assert with_it == mismatch_metrics(OLD, DRAWN, correction)
+
+
+def test_tokens_that_are_the_engines_own_count_with_weight_one():
+    """One token of ratio 2, cut to 1.5, and three that agree, by hand; only the first was computed twice."""
+    two = [torch.tensor([math.log(2)])]
+    metrics = mismatch_metrics(two, [torch.zeros(1)], ImportanceSampling(cap=1.5), equal=3)
+    assert metrics["sampling/logp_difference_mean"] == pytest.approx(math.log(2))
+    assert metrics["sampling/kl"] == pytest.approx((1 - math.log(2)) / 4)
+    assert metrics["sampling/effective_sample_size"] == pytest.approx((1.5 + 3) ** 2 / (4 * (2.25 + 3)))
+    assert metrics["sampling/truncated_fraction"] == 0.25 and metrics["sampling/masked_fraction"] == 0
