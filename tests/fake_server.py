@@ -9,10 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
+from torch import Tensor
+
+from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup
 
 LOGPROB = -0.5
 
@@ -23,15 +28,28 @@ class FakeServer:
     Attributes:
         weights: number sampled. ``loaded`` has those that were pushed, in order.
         load_seconds, load_problem: time that a push takes, and what goes wrong with it.
+        join_problem: what goes wrong when it is to join a group.
+        leave_after: buckets of a broadcast after which it closes its end; a group that fails is a problem of its own.
+        groups: how often it has joined one; ``buckets`` has what was broadcast last, as bytes.
+        open_update: whether an update has begun that has not ended.
+        transfer: name of its weight-transfer back end.
         status: answered to generation requests.
         bad_prompt: first token of prompts that get tokens without a finite log-probability.
         token_seconds, tokens_per_chunk: pace of a stream.
         prompts: first tokens of the requests that came, in order; ``running`` is the number of those under way.
     """
 
+    transfer: str | None = "spo"
+
     def __init__(self, **settings: Any) -> None:
         self.weights, self.name, self.loaded = 5, "default", []  # type: int, str, list[int]
         self.load_seconds, self.load_problem = 0.0, ""
+        self.join_problem, self.leave_after = "", 1000
+        self.groups: list[GroupInfo] = []
+        self.buckets: list[Tensor] = []
+        self.open_update = False
+        self._group: WeightGroup | None = None
+        self._problem = ""
         self.status, self.bad_prompt = 200, -1
         self.token_seconds, self.tokens_per_chunk = 0.005, 1
         self.prompts: list[int] = []
@@ -46,6 +64,10 @@ class FakeServer:
         app.router.add_post("/collective_rpc", self._call)
         app.router.add_post("/update_weight_version", self._rename)
         app.router.add_post("/inference/v1/generate", self._generate)
+        app.router.add_post("/init_weight_transfer_engine", self._join)
+        app.router.add_post("/start_weight_update", self._begin_update)
+        app.router.add_post("/update_weights", self._update)
+        app.router.add_post("/finish_weight_update", self._end_update)
         for path in ("/pause", "/resume", "/reset_prefix_cache"):
             app.router.add_post(path, self._agree)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -72,18 +94,61 @@ class FakeServer:
         self.name = (await request.json())["new_version"]
         return await self._agree(request)
 
+    async def _begin_update(self, request: web.Request) -> web.Response:
+        if self.open_update:
+            return web.Response(status=500, text="Internal Server Error")
+        self.open_update = True
+        return await self._agree(request)
+
+    async def _end_update(self, request: web.Request) -> web.Response:
+        if not self.open_update:
+            return web.Response(status=500, text="Internal Server Error")
+        self.open_update = False
+        return await self._agree(request)
+
+    async def _join(self, request: web.Request) -> web.Response:
+        info = GroupInfo(**(await request.json())["init_info"])
+        self.groups.append(info)
+        self._problem = self.join_problem
+        if not self.join_problem:
+            self._group = await asyncio.to_thread(WeightGroup, info, 1, torch.device("cpu"))
+        return await self._agree(request)
+
+    async def _update(self, request: web.Request) -> web.Response:
+        what = (await request.json())["update_info"]
+        await asyncio.sleep(self.load_seconds)
+        self._problem = self.load_problem
+        if not self.load_problem:
+            if "buckets" in what:
+                await asyncio.to_thread(self._receive, what)
+            if not self._problem:
+                self.weights = self.load(what.get("path", ""))
+                self.loaded.append(self.weights)
+        return await self._agree(request)
+
+    def _receive(self, what: dict[str, Any]) -> None:
+        assert self._group is not None
+        self.buckets, size = [], getattr(torch, what["dtype"]).itemsize
+        for bucket in what["buckets"]:
+            if len(self.buckets) == self.leave_after:
+                self._group.close()
+                self._problem = "left"
+                return
+            data = torch.empty(sum(size * math.prod(shape) for _, shape in bucket), dtype=torch.uint8)
+            self._group.broadcast(data)
+            self.buckets.append(data)
+
     async def _call(self, request: web.Request) -> web.Response:
         self.keys.add(request.headers.get("Authorization"))
         body = await request.json()
         if body["method"] == "spo_describe":
             limits = {"max_model_len": 100_000, "vocab_size": 64, "max_logprobs": 1}
-            result = {"model": "policy", "dtype": "float32", "logprobs_mode": "processed_logprobs", **limits}
+            result: Any = {"model": "policy", "dtype": "float32", "logprobs_mode": "processed_logprobs", **limits}
+            result |= {"weight_transfer": self.transfer, "world_size": 1, "device": "cpu"}
+        elif body["method"] == "spo_end_update":
+            result, self.open_update = None, False
         else:
-            await asyncio.sleep(self.load_seconds)
-            result = {"problem": self.load_problem}
-            if not self.load_problem:
-                self.weights = self.load(body["args"][0])
-                self.loaded.append(self.weights)
+            result = self._problem
         return web.json_response({"results": [result]})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:

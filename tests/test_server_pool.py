@@ -21,8 +21,9 @@ from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerClient
 from spo_lightning.rollouts.server_pool import ServerPool
 from spo_lightning.rollouts.server_requests import RequestFormat
-from spo_lightning.rollouts.server_state import Target
+from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_thread import LoopThread
+from spo_lightning.rollouts.server_weights import FileLink, PushedWeights
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.types import Completion, RolloutRequest, SamplingParams
 
@@ -50,7 +51,8 @@ async def pool_of(
         for server in servers:
             await server.start()
         clients = [ServerClient(server.url, session, 5.0, 20.0, 60.0) for server in servers]
-        pool = ServerPool(clients, ServerCheck("policy", None), FORMAT, streams, probe, clock)
+        known = [Server(client, FileLink()) for client in clients]
+        pool = ServerPool(known, ServerCheck("policy", None), FORMAT, streams, probe, clock)
         try:
             await until(lambda: "was not asked yet" not in pool.causes())
             yield pool
@@ -83,7 +85,7 @@ def ask(pool: ServerPool, ids: Iterable[int], tokens: int = 1000, prompt: int = 
 def target(folder: Path, weights: int, push: int = 1) -> Target:
     path = folder / f"weights-{push}"
     path.write_text(str(weights))
-    return Target(weights, f"run/{push}/{weights}", path, push)
+    return Target(weights, f"run/{push}/{weights}", PushedWeights(path), push)
 
 
 def sampled(completion: Completion) -> list[tuple[int, int]]:
@@ -219,7 +221,7 @@ async def test_two_pushes_of_one_version_are_both_made(tmp_path: Path) -> None:
         await pool.want(first, 5.0)
         second = tmp_path / "second"
         second.write_text("8")
-        await pool.want(Target(7, "run/2/7", second, 2), 5.0)
+        await pool.want(Target(7, "run/2/7", PushedWeights(second), 2), 5.0)
         assert server.loaded == [7, 8]
         assert Target(7, None, None, 2).matches(server.name) and not Target(7, None, None, 1).matches(server.name)
 

@@ -1,4 +1,4 @@
-"""The weight files that servers load, read back with the safetensors library; how open requests are sent and cut."""
+"""Sets of weights for servers, in files (read with the safetensors library) and in memory; how requests are sent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
-from spo_lightning.rollouts.server_weights import WeightFiles
+from spo_lightning.rollouts.server_weights import FileTransfer, PushedWeights, WeightLayout, WeightTransfer
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
 
@@ -25,17 +26,25 @@ def model(request: pytest.FixtureRequest, tmp_path: Path):
     return make_model(tmp_path / "policy", tied=request.param)
 
 
+def layout_of(folder: Path, dtype: str = "float32") -> WeightLayout:
+    return WeightLayout(str(folder / "policy"), None, dtype)
+
+
+def in_memory(layout: WeightLayout) -> BroadcastTransfer:
+    return BroadcastTransfer(layout, BroadcastSettings("gloo", torch.device("cpu"), None, 0, 5.0, 20_000))
+
+
 @pytest.fixture
-def files(model, tmp_path: Path) -> Iterator[WeightFiles]:
-    files = WeightFiles(tmp_path / "weights", str(tmp_path / "policy"), None, "float32")
+def files(model, tmp_path: Path) -> Iterator[FileTransfer]:
+    files = FileTransfer(layout_of(tmp_path), tmp_path / "weights")
     yield files
     files.release()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_file_holds_every_parameter_in_whatever_order_it_came(model, files: WeightFiles, reverse: bool) -> None:
+def test_a_file_holds_every_parameter_in_whatever_order_it_came(model, files: FileTransfer, reverse: bool) -> None:
     named = list(model.named_parameters())
-    path = files.write(reversed(named) if reverse else named, "3")
+    path = files.write(reversed(named) if reverse else named, "3").path
     found = load_file(path)
     assert found.keys() == dict(named).keys()
     assert all(torch.equal(found[name], value) for name, value in named)
@@ -43,32 +52,36 @@ def test_a_file_holds_every_parameter_in_whatever_order_it_came(model, files: We
     assert list(path.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_file_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    path = WeightFiles(tmp_path, str(tmp_path / "policy"), None, name).write(model.named_parameters(), "0")
-    found = load_file(path)
-    assert all(torch.equal(found[name], value.to(dtype)) for name, value in model.named_parameters())
-    with pytest.raises(ValueError, match="dtype is 'int8'; weights are written as one of float32, bfloat16"):
-        WeightFiles(tmp_path, str(tmp_path / "policy"), None, "int8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dtype) -> None:
+    layout = layout_of(tmp_path, str(dtype).removeprefix("torch."))
+    found = load_file(FileTransfer(layout, tmp_path).write(model.named_parameters(), "0").path)
+    expected = {name: value.to(dtype) for name, value in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    data = in_memory(layout).write(reversed(list(model.named_parameters())), "0").data
+    assert torch.equal(data, torch.cat([value.reshape(-1).view(torch.uint8) for value in expected.values()]))
+    with pytest.raises(ValueError, match="dtype is 'int8'; weights are pushed as one of float32, bfloat16"):
+        layout_of(tmp_path, "int8")
 
 
-def test_a_tied_parameter_may_come_under_both_names_with_one_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_tied_parameter_may_come_under_both_names_with_one_value(tmp_path: Path, kind: str) -> None:
     model = make_model(tmp_path / "policy", tied=True)
-    files = WeightFiles(tmp_path, str(tmp_path / "policy"), None, "float32")
+    layout = layout_of(tmp_path)
+    transfer = FileTransfer(layout, tmp_path / "weights") if kind == "file" else in_memory(layout)
     both = dict(model.named_parameters(remove_duplicate=False))
     assert both.keys() - dict(model.named_parameters()).keys() == {"lm_head.weight"}
-    found = load_file(files.write(both.items(), "0"))
-    assert torch.equal(found["model.embed_tokens.weight"], both["lm_head.weight"])
+    transfer.write(both.items(), "0")
     both["lm_head.weight"] = both["lm_head.weight"] + 1
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight, to which the model"):
-        files.write(both.items(), "1")
+        transfer.write(both.items(), "1")
 
 
 @pytest.mark.parametrize("writes", [True, False])
 def test_what_does_not_fit_is_listed_read_to_its_end_and_leaves_the_last_file(model, tmp_path, files, writes) -> None:
-    last = files.write(model.named_parameters(), "1")
-    checker = files if writes else WeightFiles(None, str(tmp_path / "policy"), None, "float32")
+    last = files.write(model.named_parameters(), "1").path
+    checker = files if writes else WeightTransfer(layout_of(tmp_path))
     bad = dict(model.named_parameters())
     bad["surplus"] = bad.pop("model.norm.weight")
     bad["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3)
@@ -82,13 +95,33 @@ def test_what_does_not_fit_is_listed_read_to_its_end_and_leaves_the_last_file(mo
     assert list(last.parent.iterdir()) == [last]
 
 
+def test_a_set_in_memory_stays_as_it_is_until_it_is_let_go(model, tmp_path: Path) -> None:
+    transfer = in_memory(layout_of(tmp_path))
+    transfer.claim()
+
+    def push(value: float) -> PushedWeights:
+        torch.nn.init.constant_(model.model.norm.weight, value)
+        return transfer.write(model.named_parameters(), str(value))
+
+    first, second = push(7.0), push(8.0)
+    transfer.remove(kept={first})  # a server is late: it still loads the first one
+    third = push(9.0)
+    norms = [weights.data.view(torch.float32) for weights in (first, third)]
+    assert [set(norm.tolist()) & {7.0, 8.0, 9.0} for norm in norms] == [{7.0}, {9.0}]
+    assert third.data.data_ptr() == second.data.data_ptr()  # no more memory than the sets in use and one
+    with pytest.raises(ValueError, match="is missing"):
+        transfer.write([], "4")
+    assert set(norms[0].tolist()) & {7.0, 9.0} == {7.0}
+    transfer.release()
+
+
 def test_files_stay_until_they_are_removed_and_a_rank_that_does_not_push_writes_none(model, files, tmp_path) -> None:
     first = files.write(model.named_parameters(), "1")
     second = files.write(model.named_parameters(), "2")
-    assert set(second.parent.iterdir()) == {first, second}
+    assert set(second.path.parent.iterdir()) == {first.path, second.path}
     files.remove(kept={second})
-    assert list(second.parent.iterdir()) == [second]
-    assert WeightFiles(None, str(tmp_path / "policy"), None, "float32").write(model.named_parameters(), "3") is None
+    assert list(second.path.parent.iterdir()) == [second.path]
+    assert WeightTransfer(layout_of(tmp_path)).write(model.named_parameters(), "3") is None
 
 
 def test_a_folder_is_of_one_run_at_a_time_and_freed_of_what_killed_ones_left(model, files, tmp_path) -> None:
@@ -98,7 +131,7 @@ def test_a_folder_is_of_one_run_at_a_time_and_freed_of_what_killed_ones_left(mod
     files.claim()
     assert [path.name for path in folder.iterdir()] == ["lock"]
     files.write(model.named_parameters(), "1")
-    second = WeightFiles(folder, str(tmp_path / "policy"), None, "float32")
+    second = FileTransfer(layout_of(tmp_path), folder)
     with pytest.raises(RuntimeError, match=f"weights_folder {folder} is in use by another run"):
         second.claim()
     assert len(list(folder.iterdir())) == 2
@@ -111,7 +144,7 @@ def test_a_folder_without_room_for_two_files_is_refused_at_the_start(model, tmp_
     settings = json.loads((tmp_path / "policy" / "config.json").read_text())
     settings["vocab_size"] = 2**40  # 32 channels of 4 bytes: 128 TiB
     (tmp_path / "policy" / "config.json").write_text(json.dumps(settings))
-    files = WeightFiles(tmp_path / "weights", str(tmp_path / "policy"), None, "float32")
+    files = FileTransfer(layout_of(tmp_path), tmp_path / "weights")
     for _ in range(2):  # the lock is given back
         with pytest.raises(RuntimeError, match="bytes free; it must have room for two files of [0-9]{15} bytes"):
             files.claim()

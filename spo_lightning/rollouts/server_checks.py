@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable
+from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND
 
 RETRY_INTERVAL = 0.5  # seconds
 
@@ -57,6 +59,11 @@ class ServerCheck:
             problems.append(
                 f"its log-probabilities are {found['logprobs_mode']}, not those of the distribution that is sampled "
                 "from: start it with --logprobs-mode processed_logprobs"
+            )
+        if found["weight_transfer"] != TRANSFER_BACKEND:
+            problems.append(
+                f"its weight-transfer back end is {found['weight_transfer']!r}: start it with --weight-transfer-config "
+                + repr(json.dumps({"backend": TRANSFER_BACKEND}))
             )
         if self.max_model_len is not None and found["max_model_len"] < self.max_model_len:
             problems.append(

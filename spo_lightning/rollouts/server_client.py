@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.http_exceptions import BadHttpMessage
+
+if TYPE_CHECKING:
+    from spo_lightning.rollouts.server_weights import PushedWeights, WeightLink
 
 CONNECT_TIMEOUT = 10.0  # seconds
 WORKER_EXTENSION = "spo_lightning.rollouts.server_worker.ServerWorker"
@@ -108,27 +111,53 @@ class ServerClient:
         """The version its engine process was told last; "default" if none since it was started."""
         return str((await self._call("GET", "/weight_info"))["weight_version"])
 
-    async def load(self, path: str, version: str) -> None:
-        """Load weights from a file and name them.
+    async def load(self, weights: PushedWeights, version: str, link: WeightLink) -> None:
+        """Load weights, by vLLM's weight-transfer API, and name them.
 
         The name is taken away first and given last, so that a server with a version holds exactly these weights, has
         nothing cached from others, and runs.
 
+        Args:
+            weights: the full set.
+            version: its name.
+            link: how it gets there.
+
         Raises:
             ServerRefused: the weights do not fit.
         """
+        await link.connect(self)
         await self._name_weights(LOADING)
         await self._call("POST", "/pause?mode=abort&clear_cache=true", timeout=self._push_timeout)
-        body = {"method": "spo_load_weights", "args": [path]}
-        answer = await self._call("POST", "/collective_rpc", body, self._push_timeout)
-        problems = sorted({result["problem"] for result in answer["results"]} - {""})
-        if problems:
-            raise ServerRefused(f"cannot load the weights: {'; '.join(problems)}")
+        await self._call("POST", "/collective_rpc", {"method": "spo_end_update"}, self._push_timeout)
+        await self._call("POST", "/start_weight_update", timeout=self._push_timeout)
+        await link.send(self, weights)
+        await self._call("POST", "/finish_weight_update", timeout=self._push_timeout)
+        await self._raise_weight_problem("cannot load the weights")
         reset = await self._call("POST", "/reset_prefix_cache", timeout=self._push_timeout)
         if not reset["success"]:
             raise ServerUnavailable("could not reset its prefix cache, which holds keys and values of the old weights")
         await self._call("POST", "/resume", timeout=self._push_timeout)
         await self._name_weights(version)
+
+    async def join_transfer(self, group: Mapping[str, Any]) -> None:
+        """Have the server's workers join a group, while the trainer joins it too.
+
+        Args:
+            group: a ``GroupInfo`` as a dictionary.
+
+        Raises:
+            ServerRefused: they cannot.
+        """
+        await self._call("POST", "/init_weight_transfer_engine", {"init_info": group}, self._push_timeout)
+        await self._raise_weight_problem("cannot take weights over the network")
+
+    async def update_weights(self, what: Mapping[str, Any]) -> None:
+        """Have the server's workers take a full set of weights, between the begin and the end of an update.
+
+        Args:
+            what: a ``PushInfo`` as a dictionary.
+        """
+        await self._call("POST", "/update_weights", {"update_info": what}, self._push_timeout)
 
     async def try_out(self) -> None:
         """Have it sample a token, within the time that it may take to load weights.
@@ -168,6 +197,12 @@ class ServerClient:
         except (aiohttp.ClientError, BadHttpMessage, OSError, TimeoutError, ValueError) as error:
             raise ServerUnavailable(_text(error)) from error
         raise ServerUnavailable("the stream ended before the completion did")
+
+    async def _raise_weight_problem(self, what: str) -> None:
+        answer = await self._call("POST", "/collective_rpc", {"method": "spo_weight_problem"})
+        problems = sorted(set(answer["results"]) - {""})
+        if problems:
+            raise ServerRefused(f"{what}: {'; '.join(problems)}")
 
     async def _name_weights(self, version: str) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": version})

@@ -53,6 +53,8 @@ class Keeper:
         server.held, server.cause, server.answers, server.proven = None, cause, False, False
         server.suspects.clear()
         server.cancel()
+        if server.link is not None:
+            server.link.drop()
 
     async def _look_after(self, server: Server, target: Target) -> list[tuple[Job, str]]:
         """Push the weights where they are missing; the jobs that failed before this and cannot blame the server."""
@@ -78,10 +80,11 @@ class Keeper:
         if server.held is not None:
             return held
         await self._check(server.client)
-        if target.path is not None and target.held is not None and held != target.held:
-            server.loading = target.path
+        if target.weights is not None and target.held is not None and held != target.held:
+            assert server.link is not None
+            server.loading = target.weights
             try:
-                await server.client.load(str(target.path), target.held)
+                await server.client.load(target.weights, target.held, server.link)
             finally:
                 server.loading = None
             held = target.held

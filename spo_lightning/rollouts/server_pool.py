@@ -15,16 +15,16 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from spo_lightning.rollouts.idle_time import IdleTime
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_checks import ServerCheck
-from spo_lightning.rollouts.server_client import ServerAway, ServerClient, ServerRefused, ServerUnavailable
+from spo_lightning.rollouts.server_client import ServerAway, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_keeper import Keeper
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Job, Server, Target
+from spo_lightning.rollouts.server_weights import PushedWeights
 from spo_lightning.types import Completion
 
 MOST_FAILURES = 3  # streams of a request that break off without a token, at servers that are well
@@ -34,7 +34,7 @@ class ServerPool:
     """Spreads requests over servers and keeps the servers' weights current.
 
     Args:
-        clients: one a server.
+        servers: the run's, none of which was asked anything.
         check: asked of a server before it is used.
         requests: how to ask for tokens.
         max_streams: most requests open at one server.
@@ -47,7 +47,7 @@ class ServerPool:
 
     def __init__(
         self,
-        clients: Iterable[ServerClient],
+        servers: Iterable[Server],
         check: ServerCheck,
         requests: RequestFormat,
         max_streams: int,
@@ -55,7 +55,7 @@ class ServerPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.idle_time = IdleTime(clock)
-        self._servers = [Server(client) for client in clients]
+        self._servers = list(servers)
         self._requests = requests
         self._max_streams = max_streams
         self._keeper = Keeper(check, probe_interval, self._looked)
@@ -118,12 +118,11 @@ class ServerPool:
         """What every open request has, with its real reason where it has finished."""
         return [job.row.completion(job.reason or "aborted") for job in self._open.values()]
 
-    def files_in_use(self) -> set[Path]:
-        """Weight files that a server may still be told to load, or is loading."""
-        paths = {server.loading for server in self._servers} | {
-            self._keeper.target.path if self._keeper.target else None
-        }
-        return {path for path in paths if path is not None}
+    def weights_in_use(self) -> set[PushedWeights]:
+        """Sets that a server may still be given, or is loading."""
+        sets = {server.loading for server in self._servers}
+        sets.add(self._keeper.target.weights if self._keeper.target else None)
+        return {weights for weights in sets if weights is not None}
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request was added and neither taken nor removed."""
@@ -157,7 +156,7 @@ class ServerPool:
         began = time.monotonic()
         for server in self._servers:
             server.nudge.set()
-        while target.path is not None:
+        while target.weights is not None:
             if self._broken:
                 self._raise_problem()
             usable = any(server.held is not None for server in self._servers)

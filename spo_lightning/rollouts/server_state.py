@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_client import Chunk, ServerClient
 from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_weights import PushedWeights, WeightLink
 from spo_lightning.types import FinishReason
 
 UNPUSHED = "default"  # what vLLM says of weights that it loaded itself when it was started
@@ -22,13 +22,13 @@ class Target:
         version: recorded with every token.
         held: what a server calls them, "RUN/PUSH/VERSION"; ``None`` on ranks that do not push, which do not know the
             run and take that of any.
-        path: file to push; ``None`` where there is nothing to push.
+        weights: the set to push; ``None`` where there is nothing to push.
         push: which push of this run it is, so that two of one version differ.
     """
 
     version: int
     held: str | None
-    path: Path | None = None
+    weights: PushedWeights | None = None
     push: int = 0
 
     def matches(self, held: str) -> bool:
@@ -91,7 +91,8 @@ class Server:
     """What the pool knows of one server.
 
     Attributes:
-        client: the way to it.
+        client: talks to it.
+        link: how weights get there; ``None`` on ranks that do not push.
         held: what it was seen to hold when it became usable; ``None`` while it is not usable.
         cause: why it is not usable.
         logged: the cause that was logged last, since it was last usable.
@@ -99,7 +100,7 @@ class Server:
         tried: whether its keeper has dealt with the wanted weights, successfully or not.
         answers: whether it did what it was last asked; a server with other weights than the wanted ones may.
         proven: whether it has sampled a token since it was last lost.
-        loading: file that it is loading.
+        loading: the set that it is loading.
         turn: number of the last stream that was sent to it, counted over all servers.
         streams: running streams.
         suspects: jobs whose streams broke off, with the cause; it takes no others until its keeper has looked at it.
@@ -107,6 +108,7 @@ class Server:
     """
 
     client: ServerClient
+    link: WeightLink | None = None
     held: str | None = None
     cause: str = "was not asked yet"
     logged: str = ""
@@ -114,7 +116,7 @@ class Server:
     tried: bool = False
     answers: bool = True
     proven: bool = False
-    loading: Path | None = None
+    loading: PushedWeights | None = None
     turn: int = 0
     streams: dict[Job, asyncio.Task[None]] = field(default_factory=dict)
     suspects: list[tuple[Job, str]] = field(default_factory=list)

@@ -1,4 +1,7 @@
-"""A full set of weights as a safetensors file, written tensor by tensor, for servers that see the same folder."""
+"""A full set of weights on its way to servers: what it holds, where it waits, and how it goes to one of them.
+
+Here it waits as a safetensors file in a folder that the servers see; ``server_broadcast.py`` keeps it in memory.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +11,188 @@ import logging
 import os
 import shutil
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from spo_lightning.rollouts.server_client import ServerClient
+
 log = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-class WeightFiles:
-    """Writes pushed weights into a folder, and keeps complete files there until they are removed.
-
-    The parameters expected are those of the model that the policy's configuration describes, built without memory.
+class WeightLayout:
+    """Where each parameter of a policy has its place in a full set of weights, as its configuration alone tells.
 
     Args:
-        folder: where to write, of this run alone. ``None`` only checks what is pushed, on ranks that do not write.
         model_path: folder or hub name of the policy.
         revision: hub revision.
-        dtype: name of the dtype to write.
+        dtype: name of the dtype that weights are pushed in.
+
+    Attributes:
+        dtype: that dtype.
+        names: of every name of a parameter, the one that it is pushed under; tied ones have several.
+        shapes: by the latter, in the model's order.
+        offsets: first byte of each.
+        size: bytes of the whole set.
 
     Raises:
-        ValueError: the dtype is none that is written.
+        ValueError: the dtype is none that is pushed.
     """
 
-    def __init__(self, folder: Path | None, model_path: str, revision: str | None, dtype: str) -> None:
-        self._dtype = getattr(torch, dtype, None)
-        if self._dtype not in DTYPE_CODES:
+    def __init__(self, model_path: str, revision: str | None, dtype: str) -> None:
+        found = getattr(torch, dtype, None)
+        if found not in DTYPE_CODES:
             known = ", ".join(str(key).removeprefix("torch.") for key in DTYPE_CODES)
-            raise ValueError(f"dtype is {dtype!r}; weights are written as one of {known}")
+            raise ValueError(f"dtype is {dtype!r}; weights are pushed as one of {known}")
+        self.dtype: torch.dtype = found
+        self.names, self.shapes = _expected_parameters(model_path, revision)
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name in self.shapes:
+            self.offsets[name] = self.size
+            self.size += self.bytes_of(name)
+
+    def bytes_of(self, name: str) -> int:
+        """Size of a parameter in the set."""
+        return self.dtype.itemsize * torch.Size(self.shapes[name]).numel()
+
+
+class WeightSink(ABC):
+    """A place that values are copied to, each to its own part."""
+
+    @abstractmethod
+    def put(self, name: str, value: Tensor) -> None:
+        """Keep a value."""
+
+    @abstractmethod
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether it holds the very bytes that ``put`` would write."""
+
+
+@dataclass(frozen=True, eq=False)
+class PushedWeights:
+    """A full set that servers can be given.
+
+    Attributes:
+        path: the file that holds it, or ``None``.
+        data: the memory that holds it, (bytes,) uint8 as ``WeightLayout`` says, or ``None``.
+    """
+
+    path: Path | None = None
+    data: Tensor | None = None
+
+
+class WeightLink(ABC):
+    """The way to one server."""
+
+    @abstractmethod
+    async def connect(self, client: ServerClient) -> None:
+        """Do what can be done before the server is paused."""
+
+    @abstractmethod
+    async def send(self, client: ServerClient, weights: PushedWeights) -> None:
+        """Give weights to a paused server whose update has begun.
+
+        Raises:
+            ServerUnavailable: they did not arrive.
+        """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the server; it may have been replaced."""
+
+
+class WeightTransfer:
+    """Checks what is pushed, and keeps none of it: for ranks that do not push. Subclasses do.
+
+    Args:
+        layout: of the policy.
+    """
+
+    def __init__(self, layout: WeightLayout) -> None:
+        self.layout = layout
+
+    def claim(self) -> None:
+        """Take what the transfer needs, at the start of a run.
+
+        Raises:
+            RuntimeError: it is not to be had.
+        """
+
+    def release(self) -> None:
+        """Give it back."""
+
+    def link(self, number: int) -> WeightLink | None:
+        """The way to the server of this number; ``None`` where nothing is pushed."""
+        return None
+
+    @torch.no_grad()
+    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights | None:
+        """Take one set; read to its end even when a problem was found, because producing it may run collectives.
+
+        Args:
+            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            name: of the set, not used before.
+
+        Returns:
+            the complete set; ``None`` where nothing is pushed.
+
+        Raises:
+            ValueError: a name is unknown or missing, a shape differs, or (where the set is kept) a tied parameter comes
+                with two values; lists all of them. Nothing is kept then.
+            RuntimeError: the set cannot be kept; the same.
+        """
+        self._copy(iter(named_parameters), None)
+        return None
+
+    def remove(self, kept: Iterable[PushedWeights] = ()) -> None:
+        """Let go of all sets but some."""
+
+    def _copy(self, stream: Iterator[tuple[str, Tensor]], sink: WeightSink | None) -> None:
+        written: dict[str, str] = {}
+        problems = []
+        shapes = self.layout.shapes
+        for name, value in stream:
+            own = self.layout.names.get(name)
+            if own is None:
+                problems.append(f"{name} is unknown")
+            elif tuple(value.shape) != shapes[own]:
+                problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shapes[own]}")
+            elif sink is not None and own not in written:
+                sink.put(own, value)
+            elif sink is not None and not sink.holds(own, value):
+                problems.append(f"{name} differs from {written[own]}, to which the model ties it")
+            if own is not None:
+                written.setdefault(own, name)
+        problems += [f"{own} is missing" for own in shapes if own not in written]
+        if problems:
+            raise ValueError(
+                f"the pushed parameters do not fit the servers' model: {'; '.join(problems)}. Push every parameter of "
+                "a model with the same configuration, unsharded, under its named_parameters() names."
+            )
+
+
+class FileTransfer(WeightTransfer):
+    """Writes sets into a folder, and keeps complete files there until they are removed.
+
+    Args:
+        layout: of the policy.
+        folder: where to write, of this run alone; the servers see it under the same path.
+    """
+
+    def __init__(self, layout: WeightLayout, folder: Path) -> None:
+        super().__init__(layout)
         self._folder = folder
         self._lock: IO[str] | None = None
-        self._names, self._shapes = _expected_parameters(model_path, revision)
-        itemsize = self._dtype.itemsize
-        self._header, self._offsets, self._size = _layout(self._shapes, DTYPE_CODES[self._dtype], itemsize)
+        self._header = _header(layout)
+        self._size = len(self._header) + layout.size
 
     def claim(self) -> None:
         """Take the folder for this run, and delete weight files that killed runs left in it.
@@ -52,8 +200,6 @@ class WeightFiles:
         Raises:
             RuntimeError: another run has it, or it has no room for two files.
         """
-        if self._folder is None:
-            return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._folder)
         self.remove()
@@ -73,32 +219,25 @@ class WeightFiles:
             self._lock.close()
             self._lock = None
 
+    def link(self, number: int) -> WeightLink:
+        """A way that tells the server the file's path."""
+        return FileLink()
+
     @torch.no_grad()
-    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> Path | None:
-        """Write one set; read to its end even when a problem was found, because producing it may run collectives.
-
-        Args:
-            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
-            name: part of the file's name, not used before.
-
-        Returns:
-            the complete file; ``None`` without a folder.
-
-        Raises:
-            ValueError: a name is unknown or missing, a shape differs, or (where a file is written) a tied parameter
-                comes with two values; lists all of them. No file is left behind.
-            RuntimeError: the file cannot be written; the same.
-        """
+    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
+        """Write one set, one tensor in memory at a time; see ``WeightTransfer.write``. No file is left of a bad one."""
         stream = iter(named_parameters)
-        if self._folder is None:
-            _raise_problems(self._copy(stream, None))
-            return None
         path = self._folder / f"weights-{name}.safetensors"
         unfinished = path.with_name(f"weights-{name}-unfinished.safetensors")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _raise_problems(self._fill(unfinished, stream))
-            return unfinished.replace(path)
+            with unfinished.open("w+b") as file:
+                file.write(self._header)
+                self._copy(stream, _FileSink(file, self.layout, len(self._header)))
+                file.truncate(self._size)
+                file.flush()
+                os.fsync(file.fileno())
+            return PushedWeights(path=unfinished.replace(path))
         except OSError as error:
             for _ in stream:
                 pass
@@ -109,49 +248,41 @@ class WeightFiles:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def remove(self, kept: Iterable[Path] = ()) -> None:
+    def remove(self, kept: Iterable[PushedWeights] = ()) -> None:
         """Delete the folder's weight files but some."""
-        if self._folder is not None:
-            for path in set(self._folder.glob("weights-*.safetensors")) - set(kept):
-                path.unlink(missing_ok=True)
-
-    def _fill(self, unfinished: Path, stream: Iterator[tuple[str, Tensor]]) -> list[str]:
-        with unfinished.open("w+b") as file:
-            file.write(self._header)
-            problems = self._copy(stream, file)
-            file.truncate(self._size)
-            file.flush()
-            os.fsync(file.fileno())
-        return problems
-
-    def _copy(self, stream: Iterator[tuple[str, Tensor]], file: IO[bytes] | None) -> list[str]:
-        """Write each value to its place in the file, if there is one; what does not fit."""
-        written: dict[str, str] = {}
-        problems = []
-        for name, value in stream:
-            own = self._names.get(name)
-            if own is None:
-                problems.append(f"{name} is unknown")
-            elif tuple(value.shape) != self._shapes[own]:
-                problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {self._shapes[own]}")
-            elif file is not None:
-                data = value.detach().to("cpu", self._dtype).reshape(-1).view(torch.uint8).numpy().data
-                file.seek(self._offsets[own])
-                if own not in written:
-                    file.write(data)
-                elif file.read(len(data)) != data:
-                    problems.append(f"{name} differs from {written[own]}, to which the model ties it")
-            if own is not None:
-                written.setdefault(own, name)
-        return problems + [f"{own} is missing" for own in self._shapes if own not in written]
+        for path in set(self._folder.glob("weights-*.safetensors")) - {weights.path for weights in kept}:
+            path.unlink(missing_ok=True)
 
 
-def _raise_problems(problems: list[str]) -> None:
-    if problems:
-        raise ValueError(
-            f"the pushed parameters do not fit the servers' model: {'; '.join(problems)}. Push every parameter of a "
-            "model with the same configuration, unsharded, under its named_parameters() names."
-        )
+class FileLink(WeightLink):
+    """Tells a server the path of the file."""
+
+    async def connect(self, client: ServerClient) -> None:
+        """Nothing: a path is all that it needs."""
+
+    async def send(self, client: ServerClient, weights: PushedWeights) -> None:
+        """Have the server load the file."""
+        await client.update_weights({"path": str(weights.path)})
+
+    def drop(self) -> None:
+        """Nothing: it knows nothing of the server."""
+
+
+class _FileSink(WeightSink):
+    def __init__(self, file: IO[bytes], layout: WeightLayout, begin: int) -> None:
+        self._file, self._layout, self._begin = file, layout, begin
+
+    def put(self, name: str, value: Tensor) -> None:
+        self._file.write(self._at(name, value))
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        data = self._at(name, value)
+        return self._file.read(len(data)) == data
+
+    def _at(self, name: str, value: Tensor) -> memoryview:
+        """The value's bytes, with the file at their place."""
+        self._file.seek(self._begin + self._layout.offsets[name])
+        return value.detach().to("cpu", self._layout.dtype).reshape(-1).view(torch.uint8).numpy().data
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -169,7 +300,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _expected_parameters(model_path: str, revision: str | None) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Every name of each parameter with the name it is written under, and the shapes by the latter."""
+    """Every name of each parameter with the name it is pushed under, and the shapes by the latter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_path, revision=revision)
@@ -181,19 +312,16 @@ def _expected_parameters(model_path: str, revision: str | None) -> tuple[dict[st
     return names, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _layout(shapes: dict[str, tuple[int, ...]], code: str, itemsize: int) -> tuple[bytes, dict[str, int], int]:
-    """The file's first bytes, each tensor's place in the file and the file's size, as safetensors lays them out."""
-    header: dict[str, Any] = {}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header).encode()
+def _header(layout: WeightLayout) -> bytes:
+    """The first bytes of a safetensors file with the set's bytes after them."""
+    entries: dict[str, Any] = {
+        name: {
+            "dtype": DTYPE_CODES[layout.dtype],
+            "shape": list(shape),
+            "data_offsets": [layout.offsets[name], layout.offsets[name] + layout.bytes_of(name)],
+        }
+        for name, shape in layout.shapes.items()
+    }
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    data = 8 + len(text)
-    return (
-        struct.pack("<Q", len(text)) + text,
-        {n: data + e["data_offsets"][0] for n, e in header.items()},
-        data + begin,
-    )
+    return struct.pack("<Q", len(text)) + text

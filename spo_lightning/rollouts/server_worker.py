@@ -1,27 +1,153 @@
-"""What a vLLM server needs of ours: a worker extension that describes the server and loads weights from a file.
+"""What a vLLM server needs of ours: a worker extension that describes it, and a back end of its weight-transfer API.
 
-``vllm serve MODEL --worker-extension-cls spo_lightning.rollouts.server_worker.ServerWorker`` mixes it into every worker
-process; ``VLLMServerEngine`` calls it through the server's ``/collective_rpc``. What goes wrong with the weights is
-returned rather than raised, because vLLM answers an exception in a worker with a bare "internal server error".
+``vllm serve MODEL --worker-extension-cls spo_lightning.rollouts.server_worker.ServerWorker`` mixes the extension into
+every worker process and makes the back end known there; ``--weight-transfer-config '{"backend": "spo"}'`` chooses it.
+What goes wrong with the weights is kept for ``spo_weight_problem`` rather than raised, because vLLM answers an
+exception in a worker with a bare "internal server error".
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, WeightGroup
+
+FAILURES = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class PushInfo:
+    """How one full set of weights comes.
+
+    Attributes:
+        path: safetensors file with the parameters under their names in the checkpoint; "" when they are broadcast.
+        dtype: of broadcast parameters.
+        buckets: what each broadcast holds, one after the other: name and shape of every parameter.
+    """
+
+    path: str = ""
+    dtype: str = ""
+    buckets: list[list[tuple[str, list[int]]]] = field(default_factory=list)
+
+
+class WeightReceiver(WeightTransferEngine):
+    """Loads full sets of weights, from a file or as the trainer broadcasts them.
+
+    A set is loaded within ``receive_weights``, from the first step of vLLM's reloading to the last, so that a trainer
+    that dies in the middle leaves no model half taken apart.
+
+    Attributes:
+        problem: what did not fit at the last ``init_transfer_engine`` or ``receive_weights``, or "". The model then
+            holds a mixture of old and new values.
+        updating: whether an update has begun and not ended.
+    """
+
+    init_info_cls = GroupInfo
+    update_info_cls = PushInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.problem = ""
+        self.updating = False
+        self._group: WeightGroup | None = None
+
+    def init_transfer_engine(self, init_info: GroupInfo) -> None:
+        """Join the trainer's group; an earlier one is left."""
+        self.shutdown()
+        parallel = self.parallel_config
+        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.problem = ""
+        try:
+            self._group = WeightGroup(init_info, rank, self.device)
+        except FAILURES as error:
+            self.problem = f"cannot join the trainer at {init_info.address}:{init_info.port}: {_text(error)}"
+
+    def start_weight_update(self) -> None:
+        """Note that an update has begun; ``receive_weights`` does all."""
+        self.updating = True
+
+    def finish_weight_update(self) -> None:
+        """Note that it has ended."""
+        self.updating = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one full set of weights; call it while no request is under way."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: PushInfo) -> None:
+        """Load one full set of weights, one tensor or one broadcast in memory at a time."""
+        self.problem = ""
+        source = _read(update_info.path) if update_info.path else self._received(update_info)
+        try:
+            missing = self._load(source)
+        except FAILURES as error:
+            self.problem = _text(error)
+            with contextlib.suppress(*FAILURES):
+                for _ in source:  # the trainer goes on sending what it announced
+                    pass
+        else:
+            if missing:
+                self.problem = f"{', '.join(sorted(missing))} missing from {update_info.path or 'what was sent'}"
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _received(self, info: PushInfo) -> Iterator[tuple[str, Tensor]]:
+        if self._group is None:
+            raise RuntimeError("the worker is in no group with a trainer")
+        dtype = getattr(torch, info.dtype)
+        for bucket in info.buckets:
+            sizes = [math.prod(shape) * dtype.itemsize for _, shape in bucket]
+            data = torch.empty(sum(sizes), dtype=torch.uint8, device=self._group.device)
+            self._group.broadcast(data)
+            for (name, shape), part in zip(bucket, data.split(sizes), strict=True):
+                yield name, part.view(dtype).view(shape)
+
+    @torch.inference_mode()
+    def _load(self, source: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load all tensors; the model's parameters that got none."""
+        expected = {name for name, _ in self.model.named_parameters()}
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model)
+            try:
+                loaded = self.model.load_weights(source)
+            finally:  # after an error too: it puts the tensors back that the kernels use
+                finalize_layerwise_reload(self.model, self.model_config)
+        if getattr(self.model.config, "tie_word_embeddings", False) and hasattr(self.model, "lm_head"):
+            # the CPU keeps a packed copy of the tied head, which nothing else refreshes
+            self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
+        missing: set[str] = expected - loaded
+        return missing
 
 
 class ServerWorker:
-    """Methods for vLLM's worker; ``vllm_config`` and ``model_runner`` are the worker's own."""
+    """Methods for vLLM's worker; the attributes are the worker's own."""
 
     vllm_config: Any
-    model_runner: Any
+    weight_transfer_engine: Any
+    finish_weight_update: Callable[[], None]
 
     def spo_describe(self) -> dict[str, Any]:
         """What a trainer must know about the server before it sends a request."""
-        config = self.vllm_config.model_config
+        config, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
         return {
             "model": config.model,
             "dtype": str(config.dtype).removeprefix("torch."),
@@ -29,39 +155,29 @@ class ServerWorker:
             "vocab_size": config.get_vocab_size(),
             "logprobs_mode": config.logprobs_mode,
             "max_logprobs": config.max_logprobs,
+            "weight_transfer": transfer and transfer.backend,
+            "world_size": self.vllm_config.parallel_config.world_size_across_dp,
+            "device": self.vllm_config.device_config.device_type,
         }
 
-    def spo_load_weights(self, path: str) -> dict[str, Any]:
-        """Load a full set of weights, one tensor in memory at a time; call it while no request is under way.
+    def spo_end_update(self) -> None:
+        """End the update that a trainer has left open which died in the middle of it; vLLM would refuse another."""
+        if self.weight_transfer_engine.updating:
+            self.finish_weight_update()
 
-        Args:
-            path: safetensors file with the parameters under their names in the checkpoint.
+    def spo_weight_problem(self) -> str:
+        """What was wrong with the last group or the last weights, or ""."""
+        return str(self.weight_transfer_engine.problem)
 
-        Returns:
-            ``{"problem": ""}``, or what does not fit. The model then holds a mixture of old and new values.
-        """
-        try:
-            with safe_open(path, framework="pt") as weights:
-                missing = self._load(weights)
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            return {"problem": f"{type(error).__name__}: {error}"}
-        return {"problem": f"{', '.join(sorted(missing))} missing from {path}" if missing else ""}
 
-    @torch.inference_mode()
-    def _load(self, weights: Any) -> set[str]:
-        """Load all tensors of the file; the model's parameters that got none."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+def _read(path: str) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            yield name, weights.get_tensor(name)
 
-        model = self.model_runner.get_model()
-        expected = {name for name, _ in model.named_parameters()}
-        with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
-            try:
-                loaded = model.load_weights((name, weights.get_tensor(name)) for name in weights.keys())
-            finally:  # after an error too: it puts the tensors back that the kernels use
-                finalize_layerwise_reload(model, self.vllm_config.model_config)
-        if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
-            # the CPU keeps a packed copy of the tied head, which nothing else refreshes
-            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-        return expected - loaded
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, WeightReceiver)

@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     import aiohttp
 
     from spo_lightning.rollouts.server_pool import ServerPool
-    from spo_lightning.rollouts.server_weights import WeightFiles
+    from spo_lightning.rollouts.server_weights import WeightTransfer
 
 API_KEY_VARIABLE = "SPO_VLLM_API_KEY"
+BUCKET_BYTES = 2**28  # of weights, sent together
 STEP_SECONDS = 0.1  # longest that step() waits for a completion; tools' results wait as long
 
 
@@ -46,8 +47,14 @@ class VLLMServerEngine(RolloutEngine):
 
     Args:
         urls: base URLs of the servers, e.g. ``["http://10.0.0.7:8000"]``. Every rank uses all of them.
-        weights_folder: folder of this run alone that rank 0 and all servers see under this path; pushes go through it.
-            It needs room for two copies of the policy, and a third while a server is late to load one.
+        weight_transfer: how pushed weights reach the servers. "nccl" broadcasts them from the GPU of rank 0 to those of
+            each server, "gloo" from its host to theirs, "file" has them read ``weights_folder``. "auto" takes a file if
+            there is such a folder, else NCCL where both ends are on CUDA, else Gloo.
+        weights_folder: folder of this run alone that rank 0 and all servers see under this path. It needs room for two
+            copies of the policy, and a third while a server is late to load one.
+        transfer_address: of the machine of rank 0, as the servers reach it; ``None`` takes the one on the way to each.
+        transfer_port: where the servers find rank 0 to form a group; 0 takes a free one. The group itself uses further
+            ports, of Gloo's or NCCL's choice.
         weights_dtype: dtype that weights are pushed in, e.g. "bfloat16" for servers that run in it; ``None`` takes the
             policy's.
         api_key: sent as bearer token; the servers' ``--api-key``. ``None`` takes the environment variable
@@ -57,8 +64,8 @@ class VLLMServerEngine(RolloutEngine):
             servers queue what is too much.
         seed: of the stream that seeds requests which bring no seed.
         startup_timeout_s: longest that ``start`` waits for the servers.
-        stall_timeout_s: longest that a living server may take for a small answer. One that takes longer is left out
-            until it answers.
+        stall_timeout_s: longest that a living server may take for a small answer, and to receive 256 MiB of weights
+            (or one parameter, if that is larger). One that takes longer is left out until it answers.
         probe_interval_s: time between two looks at a server.
         push_timeout_s: longest that a server may take to load weights.
         give_up_after_s: time that ``step`` calls may wait without a token from any server, and a push without a server
@@ -70,7 +77,10 @@ class VLLMServerEngine(RolloutEngine):
     def __init__(
         self,
         urls: Sequence[str],
-        weights_folder: str,
+        weights_folder: str | None = None,
+        weight_transfer: Literal["auto", "nccl", "gloo", "file"] = "auto",
+        transfer_address: str | None = None,
+        transfer_port: int = 0,
         weights_dtype: str | None = None,
         api_key: str | None = None,
         max_requests_per_server: int = 256,
@@ -96,10 +106,20 @@ class VLLMServerEngine(RolloutEngine):
             problems.append(f"max_requests_per_server is {max_requests_per_server}; it must be at least 1")
         if not 0 <= seed < 2**63:
             problems.append(f"seed is {seed}; it must be in [0, 2**63)")
+        if not 0 <= transfer_port < 2**16:
+            problems.append(f"transfer_port is {transfer_port}; it must be in [0, 65535]")
+        if weight_transfer not in (known := ("auto", "nccl", "gloo", "file")):
+            problems.append(f"weight_transfer is {weight_transfer!r}; it must be one of {', '.join(known)}")
+        elif (weights_folder is None) == (weight_transfer == "file") and weight_transfer != "auto":
+            needs = "needs a folder" if weights_folder is None else "takes none"
+            problems.append(f"weights_folder is {weights_folder}; weight_transfer {weight_transfer} {needs}")
         if problems:
             raise ValueError("bad VLLMServerEngine settings: " + "; ".join(problems))
         self.urls = urls
-        self.weights_folder = Path(weights_folder).absolute()
+        self.weights_folder = None if weights_folder is None else Path(weights_folder).absolute()
+        self.weight_transfer = weight_transfer
+        self.transfer_address = transfer_address
+        self.transfer_port = transfer_port
         self.weights_dtype = weights_dtype
         self.api_key = api_key
         self.max_requests_per_server = max_requests_per_server
@@ -116,22 +136,18 @@ class VLLMServerEngine(RolloutEngine):
 
         Raises:
             RuntimeError: the engine was started before, a server does not answer in time, another run has the weights
-                folder, or there is no room in it.
+                folder or the port, or there is no room for the weights.
             ValueError: a server does not fit the run: another model, too short a length, missing options.
         """
-        from spo_lightning.rollouts.server_weights import WeightFiles
-
         if self._thread is not None:
             raise RuntimeError("the engine is started already; start it once, or close() it first")
         self._run = uuid.uuid4().hex[:8] if context.rank == 0 else None
-        folder = self.weights_folder if context.rank == 0 else None
-        dtype = self.weights_dtype or context.dtype
-        self._files: WeightFiles = WeightFiles(folder, context.model_path, context.revision, dtype)
+        self._transfer = self._weight_transfer(context)
         self._weights_fit = True
         self._pushes = 0
-        self._files.claim()
+        self._transfer.claim()
         with contextlib.ExitStack() as undo:
-            undo.callback(self._files.release)
+            undo.callback(self._transfer.release)
             thread = LoopThread("vllm-servers")
             undo.callback(thread.stop)
             thread.run(self._connect(context))
@@ -207,9 +223,9 @@ class VLLMServerEngine(RolloutEngine):
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give the servers new weights. Open requests keep their tokens and go on under the new weights.
 
-        Rank 0 writes the weights to a file while the servers still sample, and returns when at least one server holds
-        them and every other one that answered before holds them or has failed. The other ranks read the parameters and
-        return; they send requests to a server once it holds this version.
+        Rank 0 copies the weights, to memory or to a file, while the servers still sample, and returns when at least one
+        server holds them and every other one that answered before holds them or has failed. The other ranks read the
+        parameters and return; they send requests to a server once it holds this version.
 
         Args:
             named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
@@ -217,7 +233,7 @@ class VLLMServerEngine(RolloutEngine):
 
         Raises:
             ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
-            RuntimeError: the file cannot be written, or no server took them within ``give_up_after_s``; the same.
+            RuntimeError: there is no room for the copy, or no server took them within ``give_up_after_s``; the same.
         """
         from spo_lightning.rollouts.server_state import Target
 
@@ -225,14 +241,14 @@ class VLLMServerEngine(RolloutEngine):
         self._weights_fit = False
         self._pushes += 1
         try:
-            path = self._files.write(named_parameters, f"{self._run}-{self._pushes}")
+            weights = self._transfer.write(named_parameters, f"{self._run}-{self._pushes}")
             held = None if self._run is None else f"{self._run}/{self._pushes}/{version}"
-            thread.run(self._pool.want(Target(version, held, path, self._pushes), self.give_up_after_s))
+            thread.run(self._pool.want(Target(version, held, weights, self._pushes), self.give_up_after_s))
         except BaseException:
             thread.call(self._pool.hold)
             raise
         finally:
-            self._files.remove(kept=thread.call(self._pool.files_in_use))
+            self._transfer.remove(kept=thread.call(self._pool.weights_in_use))
         self._weights_fit = True
 
     def sleep(self) -> None:
@@ -242,7 +258,7 @@ class VLLMServerEngine(RolloutEngine):
         """Nothing: the servers do not sleep."""
 
     def close(self) -> None:
-        """End all requests, delete the weight file and stop the background thread. The servers keep running."""
+        """End all requests, let go of the weights and stop the background thread. The servers keep running."""
         if self._thread is not None:
             self._thread = None
             self._undo.close()
@@ -265,12 +281,32 @@ class VLLMServerEngine(RolloutEngine):
             return request.seed
         return int(torch.randint(2**63 - 1, (), generator=self._seeds))
 
+    def _weight_transfer(self, context: EngineContext) -> WeightTransfer:
+        from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
+        from spo_lightning.rollouts.server_weights import FileTransfer, WeightLayout, WeightTransfer
+
+        layout = WeightLayout(context.model_path, context.revision, self.weights_dtype or context.dtype)
+        if context.rank > 0:
+            return WeightTransfer(layout)
+        if self.weights_folder is not None:
+            return FileTransfer(layout, self.weights_folder)
+        settings = BroadcastSettings(
+            self.weight_transfer,
+            torch.device(context.device),
+            self.transfer_address,
+            self.transfer_port,
+            self.stall_timeout_s,
+            BUCKET_BYTES,
+        )
+        return BroadcastTransfer(layout, settings)
+
     async def _connect(self, context: EngineContext) -> None:
         import aiohttp
 
         from spo_lightning.rollouts.server_checks import Limits, ServerCheck
         from spo_lightning.rollouts.server_client import ServerClient
         from spo_lightning.rollouts.server_pool import ServerPool
+        from spo_lightning.rollouts.server_state import Server
 
         api_key = self.api_key or os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -292,8 +328,9 @@ class VLLMServerEngine(RolloutEngine):
             range(known, self._limits.vocab_size),
         )
         self._session: aiohttp.ClientSession = session
+        servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         self._pool: ServerPool = ServerPool(
-            clients, check, self._format, self.max_requests_per_server, self.probe_interval_s
+            servers, check, self._format, self.max_requests_per_server, self.probe_interval_s
         )
 
     async def _disconnect(self) -> None:

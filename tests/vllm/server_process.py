@@ -12,8 +12,9 @@ from pathlib import Path
 
 FLAGS = (
     "--worker-extension-cls spo_lightning.rollouts.server_worker.ServerWorker --logprobs-mode processed_logprobs "
+    '--weight-transfer-config {"backend":"spo"} --enable-scale-out '
     "--dtype float32 --enforce-eager --max-num-seqs 16 --kv-cache-memory-bytes 67108864 --max-model-len 1024 "
-    "--disable-uvicorn-access-log --enable-scale-out --no-enable-chunked-prefill --max-num-batched-tokens 2048"
+    "--disable-uvicorn-access-log --no-enable-chunked-prefill --max-num-batched-tokens 2048"
 )
 
 

@@ -115,6 +115,7 @@ def served(tmp_path_factory):
     write_inputs(folder, **SHAPE)
     flags = (
         "--worker-extension-cls spo_lightning.rollouts.server_worker.ServerWorker "
+        '--weight-transfer-config {"backend":"spo"} '
         "--logprobs-mode processed_logprobs --dtype float32 --enforce-eager --max-num-seqs 16 "
         "--kv-cache-memory-bytes 67108864 --max-model-len 256 --disable-uvicorn-access-log --enable-scale-out "
         "--no-enable-chunked-prefill --max-num-batched-tokens 2048"
@@ -124,15 +125,15 @@ def served(tmp_path_factory):
     server.kill()
 
 
-def on_servers(folder: Path, server: ServerProcess) -> VLLMServerEngine:
-    return VLLMServerEngine([server.url], weights_folder=str(folder / "weights"), startup_timeout_s=300)
+def on_servers(server: ServerProcess, weights_folder: Path | None = None) -> VLLMServerEngine:
+    return VLLMServerEngine([server.url], weights_folder and str(weights_folder), startup_timeout_s=300)
 
 
 def test_servers_go_on_while_the_policy_trains(served):
     """Completions come in during the update; those that a push met in their middle were written by two versions."""
     folder, server = served
     collection = Collection(max_staleness=2)
-    done = train(folder, on_servers(folder, server), 6, data={"oversampling": 2.0}, collection=collection)
+    done = train(folder, on_servers(server, folder / "weights"), 6, data={"oversampling": 2.0}, collection=collection)
     metrics = done.recorder.metrics
     assert [len(batch) for batch in done.taken] == [4] * 6
     keys = [key for batch in done.taken for key, _ in batch]
@@ -153,6 +154,6 @@ def test_a_run_on_servers_goes_on_after_the_server_was_killed(served):
                 server.kill()
                 server.start()
 
-    done = train(folder, on_servers(folder, server), 3, [Kills()], data={"oversampling": 2.0})
+    done = train(folder, on_servers(server), 3, [Kills()], data={"oversampling": 2.0})
     assert [len(batch) for batch in done.taken] == [4] * 3
     assert all(row["sampling/push_difference"] < 3e-5 for row in done.recorder.metrics)

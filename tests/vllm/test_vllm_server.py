@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
+import torch
+from torch import distributed as dist
 
+from spo_lightning.rollouts import vllm_server
+from spo_lightning.rollouts.server_client import ServerClient, ServerRefused
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
+from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup
 from spo_lightning.tools.settings import ToolUse
 
 from server_cases import KNOWN, TOLERANCE, Policy, ask, drain, logprob_error, long_prompt, wait_for_tokens
-from server_process import ServerProcess, free_port
+from server_process import FLAGS, ServerProcess, free_port
 from tool_runs import Count, LetterFormat, assert_called, with_tools
 
 LONG = 800  # tokens, some seconds: time enough to interfere
@@ -63,7 +70,9 @@ class Run:
     def engine(self, count: int | None = None, rank: int = 0, eos: tuple[int, ...] = (), push: bool = True, **settings):
         urls = [server.url for server in self.servers[:count]]
         settings = {"stall_timeout_s": 5.0, "probe_interval_s": 0.3, "give_up_after_s": 60.0} | settings
-        engine = VLLMServerEngine(urls, str(self.folder / "weights"), **settings)
+        if settings.get("weight_transfer") == "file":
+            settings["weights_folder"] = str(self.folder / "weights")
+        engine = VLLMServerEngine(urls, **settings)
         engine.start(self.policy.context(rank, eos))
         self.engines.append(engine)
         if push:
@@ -92,10 +101,14 @@ def untied(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
         engine.close()
 
 
+@pytest.mark.parametrize("transfer", ["gloo", "file"])
 @pytest.mark.parametrize("which", ["tied", "untied"])
-def test_log_probs_are_those_of_the_pushed_weights(which: str, request: pytest.FixtureRequest) -> None:
+def test_log_probs_are_those_of_the_pushed_weights(
+    which: str, transfer: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "BUCKET_BYTES", 20_000)  # of some 500,000
     run: Run = request.getfixturevalue(which)
-    engine = run.engine(push=False)
+    engine = run.engine(push=False, weight_transfer=transfer)
     for _ in range(3):
         version = run.push(engine)
         engine.submit([ask(i, long_prompt(2 + i), tokens=20) for i in range(8)])
@@ -286,6 +299,49 @@ def test_a_wrong_url_and_a_wrong_model_are_named(tied: Run) -> None:
     other = Policy(tied.folder / "another", tied=True)
     with pytest.raises(ValueError, match="it serves '.*/policy', the policy is '.*/another': start it with that model"):
         engine.start(other.context())
+
+
+def test_a_trainer_that_dies_in_the_middle_of_a_push_leaves_a_server_that_the_next_one_can_use(untied: Run) -> None:
+    """Its group ends after the first of two announced broadcasts; the weights are half replaced then."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    info = GroupInfo("127.0.0.1", store.port, "dies", 2, "gloo", 20.0)
+    named = list(untied.policy.model.named_parameters())
+    first, rest = named[0], named[1:]
+    buckets = [[(name, list(value.shape)) for name, value in part] for part in ([first], rest)]
+
+    async def die() -> None:
+        async with aiohttp.ClientSession() as session:
+            client = ServerClient(untied.servers[0].url, session, 10.0, 30.0, 30.0)
+            joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
+            group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
+            await client._call("POST", "/start_weight_update")
+            update = asyncio.create_task(client.update_weights({"dtype": "float32", "buckets": buckets}))
+            await asyncio.to_thread(group.broadcast, torch.zeros_like(first[1]).reshape(-1).view(torch.uint8))
+            group.close()
+            await update
+            with pytest.raises(ServerRefused, match="trying: RuntimeError: .*(closed|reset) by peer"):
+                await client._raise_weight_problem("trying")
+
+    asyncio.run(die())
+    engine = untied.engine()
+    engine.submit([ask(0, tokens=20)])
+    (completion,) = drain(engine)
+    assert logprob_error(untied.policy, completion) < TOLERANCE
+
+
+def test_weights_reach_both_halves_of_a_tensor_parallel_server(tmp_path: Path) -> None:
+    policy = Policy(tmp_path / "policy", tied=False)
+    server = ServerProcess(policy.folder, tmp_path / "log", flags=f"{FLAGS} --tensor-parallel-size 2")
+    run = Run(policy, [server], tmp_path)
+    try:
+        wait_until_up([server])
+        engine = run.engine()
+        run.push(engine)
+        engine.submit([ask(i, tokens=20) for i in range(4)])
+        assert all(logprob_error(policy, completion) < TOLERANCE for completion in drain(engine))
+        engine.close()
+    finally:
+        server.kill()
 
 
 def test_a_server_whose_model_differs_refuses_the_weights(tied: Run, untied: Run) -> None:
