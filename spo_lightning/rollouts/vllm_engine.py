@@ -56,7 +56,9 @@ class VLLMEngine(RolloutEngine):
         seed: of the stream that seeds requests which bring no seed.
         sleep_level: 1 keeps the weights in the host's memory while asleep; 2 drops them, so that a push must follow
             ``wake_up``. On a CPU nothing is freed.
-        stall_timeout_s: seconds of steps without any token, with requests open, after which ``step`` raises.
+        stall_timeout_s: seconds of steps without any token, with requests open, after which ``step`` raises. A single
+            call into vLLM that lasts longer ends the process, with the stack of every thread on standard error: nothing
+            else can end a call that waits for a rank that is gone.
         engine_args: further arguments of ``vllm.EngineArgs``.
 
     Attributes:
@@ -168,7 +170,7 @@ class VLLMEngine(RolloutEngine):
             raise RuntimeError(self._refusal)
         began = time.monotonic()
         try:
-            with process.eager_stance():
+            with process.calling(self.stall_timeout_s):
                 self._requests.enter(process.llm)
                 outputs = process.llm.step() if self.num_open else []
             finite = all(
@@ -235,7 +237,7 @@ class VLLMEngine(RolloutEngine):
             raise RuntimeError(self._refusal)
         self._requests.leave(process.llm)
         self._refusal = BROKEN  # unless vLLM comes back from the push
-        with process.eager_stance():
+        with process.calling(self.stall_timeout_s):
             push_parameters(process.llm, stream)
         self._refusal = UNUSABLE
         stream.check()
@@ -254,7 +256,8 @@ class VLLMEngine(RolloutEngine):
             raise RuntimeError(BROKEN)
         self._requests.leave(process.llm)
         if not self._on_cpu and self._refusal != ASLEEP:
-            process.llm.sleep(level=self.sleep_level)
+            with process.calling(self.stall_timeout_s):
+                process.llm.sleep(level=self.sleep_level)
         if self._refusal != ASLEEP:
             self._after_sleep = UNUSABLE if self.sleep_level == 2 else self._refusal
         self._refusal = ASLEEP
@@ -267,7 +270,8 @@ class VLLMEngine(RolloutEngine):
             return
         if not self._on_cpu:
             torch.cuda.empty_cache()  # vLLM takes its memory past torch's allocator, which keeps the update's peak
-            process.llm.wake_up()
+            with process.calling(self.stall_timeout_s):
+                process.llm.wake_up()
         self._refusal = self._after_sleep
 
     def close(self) -> None:

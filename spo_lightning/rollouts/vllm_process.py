@@ -10,6 +10,7 @@ for 9 to 15 seconds, even with ``enforce_eager``. ``TORCHDYNAMO_DISABLE=1`` prev
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine's core runs 
 LOGGING_LEVEL = (
     "ERROR"  # unless VLLM_LOGGING_LEVEL is set: vLLM warns much, at start and at each push, of what is meant
 )
+
+STANDARD_ERROR = 2  # the descriptor: ``sys.stderr`` may be something else in a notebook or a test
 
 # Asynchronous scheduling computes one step ahead, so that at a push a batch of the old weights would be under way.
 DEFAULT_ARGUMENTS = {"async_scheduling": False}
@@ -99,6 +102,12 @@ class VLLMProcess:
     def eager_stance(self) -> AbstractContextManager[Any]:
         """To be entered around every call that computes: on a CPU nothing is compiled within."""
         return torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
+
+    @contextmanager
+    def calling(self, longest: float) -> Iterator[None]:
+        """To be entered around every call of the started engine; see ``eager_stance`` and ``ended_when_hanging``."""
+        with self.eager_stance(), ended_when_hanging(longest):
+            yield
 
     def shut_down(self) -> None:
         """Free the engine's memory and end its process groups, but not the trainer's."""
@@ -173,6 +182,19 @@ def join_group(device: torch.device) -> bool:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return True
+
+
+@contextmanager
+def ended_when_hanging(seconds: float) -> Iterator[None]:
+    """End the process when the block lasts longer, with the stack of every thread on standard error.
+
+    A call that waits in a kernel or for a rank that is gone can neither be interrupted nor left.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

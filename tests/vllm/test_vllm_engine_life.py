@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +175,39 @@ def test_a_failure_inside_vllm_loses_nothing(policy: tuple[str, PreTrainedModel]
     for i in range(3):
         assert_teacher_forced(model, whole[i])
         assert whole[i].token_ids[:5].tolist() == halves[i].token_ids.tolist()
+
+
+def test_a_call_that_hangs_ends_the_process_and_says_where(
+    policy: tuple[str, PreTrainedModel], engines: list[VLLMEngine], tmp_path: Path
+) -> None:
+    """In a child process, whose model waits for ever in its first layer, after a step that did not."""
+    engine = start(policy[0])
+    engines.append(engine)
+    engine.submit([request(0, seed=0)])
+    engine.step()
+
+    def wait_for_ever(module: Any, arguments: Any) -> None:
+        time.sleep(1000)
+
+    said = tmp_path / "stderr"
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        engine.stall_timeout_s = 2.0
+        engine.step()
+        time.sleep(2.5)
+        os.write(2, b"a call that returned is watched no longer\n")
+        engine._process.llm.apply_model(lambda m: m.model.layers[0].register_forward_pre_hook(wait_for_ever))  # type: ignore[union-attr]
+        engine.step()
+        os._exit(7)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.1)
+    assert os.waitstatus_to_exitcode(ended[1]) == 1
+    for text in ("a call that returned is watched no longer", "Timeout (0:00:02)!", "in wait_for_ever"):
+        assert text in said.read_text()
 
 
 def test_a_failure_of_vllm_during_a_push_reads_the_stream_to_its_end(
