@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from memory_ranks import RETURNED, SHAPE
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
@@ -42,6 +43,7 @@ from rank_runs import (
     run,
     settings_of,
     tool_settings,
+    train_on_two_processes,
 )
 from runs import make_run, write_inputs
 
@@ -246,6 +248,22 @@ def test_weights_reach_the_engine_without_a_second_full_copy_on_a_rank(folder, v
         for way in ("dropped", "pushed"):
             assert max(sizes) <= whole["bytes"][way] <= margin * max(sizes) < sum(sizes)
         assert whole["bytes"]["kept"] >= sum(sizes)
+
+
+def test_a_process_grows_by_a_unit_or_a_parameter_while_weights_are_pushed(tmp_path, monkeypatch):
+    """FSDP by two layers, the one before and the next; FSDP2 by the three tensors of the test above."""
+    write_inputs(tmp_path, **SHAPE)
+    for name, value in RETURNED.items():
+        monkeypatch.setenv(name, value)
+    train_on_two_processes(Path(__file__).with_name("memory_ranks.py"), tmp_path)
+    for strategy in ("fsdp", "fsdp2"):
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{strategy}-{rank}.json").read_text())
+            sizes = dict(found["sizes"])
+            layer = sum(size for name, size in sizes.items() if ".layers.3." in name)
+            unit = 2 * layer if strategy == "fsdp" else 3 * max(sizes.values())
+            whole = sum(sizes.values())
+            assert 0.9 * unit < found["dropped"] < 1.2 * unit < 0.3 * whole < 0.9 * whole < found["kept"]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
