@@ -31,10 +31,10 @@ def broken_on_rank_one(completion: str, reference: str, prompt: str) -> float:
     return 0.0
 
 
-def settings(folder: Path, reward: str) -> list[str]:
+def settings(folder: Path, reward: str, strategy: str) -> list[str]:
     """Arguments of a small run on two ranks."""
     values = {
-        "config": ROOT / "configs" / "strategy" / "ddp.yaml",
+        "config": ROOT / "configs" / "strategy" / f"{strategy}.yaml",
         "trainer.devices": 2,
         "trainer.accelerator": "cpu",
         "trainer.logger": "false",
@@ -64,18 +64,25 @@ class LaunchedRun:
         arguments: of ``spo fit``, beside the small settings.
         reward: name of a function of this module.
         launcher: command that starts the program, where Lightning is not to start rank 1.
+        strategy: name of its overlay.
     """
 
     def __init__(
-        self, folder: Path, *arguments: str, reward: str = "even_length", launcher: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        *arguments: str,
+        reward: str = "even_length",
+        launcher: tuple[str, ...] = (),
+        strategy: str = "ddp",
     ) -> None:
         self.folder = folder
         if not (folder / "start").exists():
+            folder.mkdir(exist_ok=True)
             write_inputs(folder)
         start = launcher or (sys.executable,)
         with (folder / "output").open("w") as output:
             self.process = subprocess.Popen(
-                [*start, "-m", "spo_lightning", "fit", *settings(folder, reward), *arguments],
+                [*start, "-m", "spo_lightning", "fit", *settings(folder, reward, strategy), *arguments],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
                 stdout=output,

@@ -213,24 +213,21 @@ def test_the_first_rank_of_a_node_reports_after_all_are_done(local_rank, status)
     assert ended.value.code == status
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> list[dict]:
-    """Iterations of two ranks that were not interrupted."""
-    with LaunchedRun(tmp_path_factory.mktemp("reference"), f"--data.num_iterations={ITERATIONS}") as run:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_stop_after_the_same_iteration_and_go_on_exactly(tmp_path, strategy):
+    with LaunchedRun(tmp_path / "whole", f"--data.num_iterations={ITERATIONS}", strategy=strategy) as run:
         assert run.wait_for_end() == 0, run.output
-        return run.trace[::2]
-
-
-def test_two_ranks_stop_after_the_same_iteration_and_go_on_exactly(tmp_path, reference):
-    forever = "--data.num_iterations=1000"
-    with LaunchedRun(tmp_path, forever, "--checkpoint.every_n_iterations=1000") as run:
+        reference = run.trace[::2]
+    stopped, forever = tmp_path / "stopped", "--data.num_iterations=1000"
+    with LaunchedRun(stopped, forever, "--checkpoint.every_n_iterations=1000", strategy=strategy) as run:
         run.wait_for_iterations(1)
         run.process.terminate()
         assert run.wait_for_end() == 128 + signal.SIGTERM, run.output
         done = len(run.trace) // 2
-        assert saved(tmp_path) == [f"iteration-{done:06d}"]
+        assert saved(stopped) == [f"iteration-{done:06d}"]
         assert "--ckpt_path last" in run.output
     assert done < ITERATIONS, "too fast a machine for this test"
-    with LaunchedRun(tmp_path, f"--data.num_iterations={ITERATIONS}", "--ckpt_path=last") as run:
+    arguments = (f"--data.num_iterations={ITERATIONS}", "--ckpt_path=last")
+    with LaunchedRun(stopped, *arguments, strategy=strategy) as run:
         assert run.wait_for_end() == 0, run.output
         assert run.trace == [line for line in reference for _ in range(2)]
