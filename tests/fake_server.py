@@ -27,12 +27,15 @@ class FakeServer:
 
     Attributes:
         weights: number sampled. ``loaded`` has those that were pushed, in order.
-        load_seconds, load_problem: time that a push takes, and what goes wrong with it.
+        load_seconds, load_problem: time that a push takes, and what goes wrong with it; ``lost`` if that is on the way.
         join_problem: what goes wrong when it is to join a group.
-        leave_after: buckets of a broadcast after which it closes its end; a group that fails is a problem of its own.
-        groups: how often it has joined one; ``buckets`` has what was broadcast last, as bytes.
+        leave_after: buckets of a broadcast after which a worker closes its end.
+        groups: those that it was told to join; ``received`` has what each worker was sent last, as bytes.
+        workers, copies: of the model; each worker receives all that is broadcast.
+        calls: what changed its state, in order.
+        resets: whether it can reset its prefix cache.
         open_update: whether an update has begun that has not ended.
-        transfer: name of its weight-transfer back end.
+        transfer, device: name of its weight-transfer back end, and of its device.
         status: answered to generation requests.
         bad_prompt: first token of prompts that get tokens without a finite log-probability.
         token_seconds, tokens_per_chunk: pace of a stream.
@@ -43,13 +46,15 @@ class FakeServer:
 
     def __init__(self, **settings: Any) -> None:
         self.weights, self.name, self.loaded = 5, "default", []  # type: int, str, list[int]
-        self.load_seconds, self.load_problem = 0.0, ""
+        self.load_seconds, self.load_problem, self.lost = 0.0, "", False
         self.join_problem, self.leave_after = "", 1000
         self.groups: list[GroupInfo] = []
-        self.buckets: list[Tensor] = []
-        self.open_update = False
-        self._group: WeightGroup | None = None
-        self._problem = ""
+        self.received: list[list[Tensor]] = []
+        self.workers, self.copies, self.device = 1, 1, "cpu"
+        self.calls: list[str] = []
+        self.resets, self.open_update = True, False
+        self._members: list[WeightGroup] = []
+        self._problem = {"problem": "", "lost": False}
         self.status, self.bad_prompt = 200, -1
         self.token_seconds, self.tokens_per_chunk = 0.005, 1
         self.prompts: list[int] = []
@@ -64,12 +69,13 @@ class FakeServer:
         app.router.add_post("/collective_rpc", self._call)
         app.router.add_post("/update_weight_version", self._rename)
         app.router.add_post("/inference/v1/generate", self._generate)
+        app.router.add_get("/get_world_size", self._sizes)
         app.router.add_post("/init_weight_transfer_engine", self._join)
         app.router.add_post("/start_weight_update", self._begin_update)
         app.router.add_post("/update_weights", self._update)
         app.router.add_post("/finish_weight_update", self._end_update)
         for path in ("/pause", "/resume", "/reset_prefix_cache"):
-            app.router.add_post(path, self._agree)
+            app.router.add_post(path, self._note)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -90,8 +96,17 @@ class FakeServer:
     async def _agree(self, _: web.Request) -> web.Response:
         return web.json_response({"success": True})
 
+    async def _note(self, request: web.Request) -> web.Response:
+        self.calls.append(request.path)
+        return web.json_response({"success": self.resets})
+
+    async def _sizes(self, request: web.Request) -> web.Response:
+        copies = self.copies if request.query["include_dp"] == "true" else 1
+        return web.json_response({"world_size": self.workers * copies})
+
     async def _rename(self, request: web.Request) -> web.Response:
         self.name = (await request.json())["new_version"]
+        self.calls.append(self.name)
         return await self._agree(request)
 
     async def _begin_update(self, request: web.Request) -> web.Response:
@@ -109,34 +124,36 @@ class FakeServer:
     async def _join(self, request: web.Request) -> web.Response:
         info = GroupInfo(**(await request.json())["init_info"])
         self.groups.append(info)
-        self._problem = self.join_problem
+        self._problem = {"problem": self.join_problem, "lost": True}
         if not self.join_problem:
-            self._group = await asyncio.to_thread(WeightGroup, info, 1, torch.device("cpu"))
+            join = [asyncio.to_thread(WeightGroup, info, 1 + i, torch.device("cpu")) for i in range(self.workers)]
+            self._members = await asyncio.gather(*join)
         return await self._agree(request)
 
     async def _update(self, request: web.Request) -> web.Response:
+        self.calls.append(request.path)
         what = (await request.json())["update_info"]
         await asyncio.sleep(self.load_seconds)
-        self._problem = self.load_problem
-        if not self.load_problem:
-            if "buckets" in what:
-                await asyncio.to_thread(self._receive, what)
-            if not self._problem:
-                self.weights = self.load(what.get("path", ""))
-                self.loaded.append(self.weights)
+        self._problem = {"problem": self.load_problem, "lost": self.lost}
+        if "buckets" in what and not self.load_problem:
+            self.received = [[] for _ in self._members]
+            receive = [asyncio.to_thread(self._receive, i, what) for i in range(len(self._members))]
+            await asyncio.gather(*receive)
+        if not self._problem["problem"]:
+            self.weights = self.load(what.get("path", ""))
+            self.loaded.append(self.weights)
         return await self._agree(request)
 
-    def _receive(self, what: dict[str, Any]) -> None:
-        assert self._group is not None
-        self.buckets, size = [], getattr(torch, what["dtype"]).itemsize
+    def _receive(self, worker: int, what: dict[str, Any]) -> None:
+        size = getattr(torch, what["dtype"]).itemsize
         for bucket in what["buckets"]:
-            if len(self.buckets) == self.leave_after:
-                self._group.close()
-                self._problem = "left"
+            if len(self.received[worker]) == self.leave_after:
+                self._members[worker].close()
+                self._problem = {"problem": "left", "lost": True}
                 return
             data = torch.empty(sum(size * math.prod(shape) for _, shape in bucket), dtype=torch.uint8)
-            self._group.broadcast(data)
-            self.buckets.append(data)
+            self._members[worker].broadcast(data)
+            self.received[worker].append(data)
 
     async def _call(self, request: web.Request) -> web.Response:
         self.keys.add(request.headers.get("Authorization"))
@@ -144,7 +161,7 @@ class FakeServer:
         if body["method"] == "spo_describe":
             limits = {"max_model_len": 100_000, "vocab_size": 64, "max_logprobs": 1}
             result: Any = {"model": "policy", "dtype": "float32", "logprobs_mode": "processed_logprobs", **limits}
-            result |= {"weight_transfer": self.transfer, "world_size": 1, "device": "cpu"}
+            result |= {"weight_transfer": self.transfer, "device": self.device}
         elif body["method"] == "spo_end_update":
             result, self.open_update = None, False
         else:

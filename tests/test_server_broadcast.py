@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
-from spo_lightning.rollouts.server_checks import ServerCheck
+from spo_lightning.rollouts.server_checks import ServerCheck, connect
 from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_pool import ServerPool
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
-from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup, address_towards
+from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, address_towards
 
 from fake_server import FakeServer
 from tiny_models import make_char_tokenizer, make_model
@@ -36,7 +37,7 @@ class NetworkServer(FakeServer):
 
     def load(self, path: str) -> int:
         assert not path
-        return round(self.buckets[-1].view(torch.float32)[-1].item())
+        return round(self.received[0][-1].view(torch.float32)[-1].item())
 
 
 def settings(timeout: float = 5.0, **changes: object) -> BroadcastSettings:
@@ -84,48 +85,108 @@ def whole(model: torch.nn.Module) -> Tensor:
     return torch.cat([value.detach().reshape(-1).view(torch.uint8) for value in model.parameters()])
 
 
-def test_every_byte_arrives_in_buckets_and_one_group_serves_all_pushes(trainer: Trainer) -> None:
+def test_every_byte_reaches_every_worker_in_buckets_and_one_group_serves_all_pushes(trainer: Trainer) -> None:
     async def run() -> None:
-        server = NetworkServer()
+        server = NetworkServer(workers=3)
         async with clients_of(server) as (client,):
             link = trainer.transfer.link(0)
             for value in (7, 8, 9):
                 await client.load(trainer.weights(value), f"v{value}", link)
-                assert torch.equal(torch.cat(server.buckets), whole(trainer.model))
+                assert [torch.equal(torch.cat(parts), whole(trainer.model)) for parts in server.received] == [True] * 3
                 assert server.name == f"v{value}" and not server.open_update
-            sizes = [len(bucket) for bucket in server.buckets]
+            sizes = [len(bucket) for bucket in server.received[0]]
             assert len(sizes) > 5
             parameters = {value.numel() * 4 for value in trainer.model.parameters()}
             assert all(size <= BUCKET or size in parameters for size in sizes)
             assert all(first + second > BUCKET for first, second in zip(sizes, sizes[1:], strict=False))  # full ones
-            assert len(server.groups) == 1
+            assert [info.world_size for info in server.groups] == [4]
 
     asyncio.run(run())
+
+
+def test_a_server_is_paused_emptied_and_named_last(trainer: Trainer) -> None:
+    async def run() -> None:
+        server = NetworkServer()
+        async with clients_of(server) as (client,):
+            link = trainer.transfer.link(0)
+            await client.load(trainer.weights(7), "v7", link)
+            assert server.calls == ["loading", "/pause", "/update_weights", "/reset_prefix_cache", "/resume", "v7"]
+            server.resets = False
+            with pytest.raises(ServerUnavailable, match="could not reset its prefix cache"):
+                await client.load(trainer.weights(8), "v8", link)
+            assert server.name == "loading"
+
+    asyncio.run(run())
+
+
+@asynccontextmanager
+async def pool_of(trainer: Trainer, *servers: FakeServer) -> AsyncIterator[tuple[ServerPool, list[Server]]]:
+    async with clients_of(*servers) as clients:
+        requests = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000, ())
+        known = [Server(client, trainer.transfer.link(i)) for i, client in enumerate(clients)]
+        pool = ServerPool(known, ServerCheck("policy", None), requests, 256, 0.05)
+        try:
+            yield pool, known
+        finally:
+            await pool.close()
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def test_servers_have_a_group_each_and_one_that_fails_harms_no_other(trainer: Trainer) -> None:
     async def run() -> None:
         good, bad = NetworkServer(), NetworkServer(leave_after=2)
-        async with clients_of(good, bad) as clients:
-            requests = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000, ())
-            servers = [Server(client, trainer.transfer.link(i)) for i, client in enumerate(clients)]
-            pool = ServerPool(servers, ServerCheck("policy", None), requests, 256, 0.05)
-            try:
-                await pool.want(trainer.target(7, 1), 20.0)
-                assert good.loaded == [7] and good.name == "run/1/7"
-                assert bad.loaded == [] and bad.name == "loading"
-                assert f"{bad.url} the weights did not get through" in pool.causes()
-                bad.leave_after = 1000  # the same set, in a new group, without the other server's noticing
-                async with asyncio.timeout(10):
-                    while bad.name != "run/1/7":
-                        await asyncio.sleep(0.01)
-                assert bad.loaded == [7] and good.loaded == [7]
-                assert len(good.groups) == 1 < len(bad.groups)
-                assert len({info.name for info in good.groups + bad.groups}) == len(good.groups + bad.groups)
+        async with pool_of(trainer, good, bad) as (pool, _):
+            await pool.want(trainer.target(7, 1), 20.0)
+            assert good.loaded == [7] and good.name == "run/1/7"
+            assert bad.loaded == [] and bad.name == "loading"
+            assert f"{bad.url} left" in pool.causes()
+            bad.leave_after = 1000  # the same set, in a new group, without the other server's noticing
+            await until(lambda: bad.name == "run/1/7")
+            assert bad.loaded == [7] and good.loaded == [7]
+            assert len(good.groups) == 1 < len(bad.groups)
+            assert len({info.name for info in good.groups + bad.groups}) == len(good.groups + bad.groups)
+            await pool.want(trainer.target(8, 2), 20.0)
+            assert good.loaded == [7, 8] and bad.loaded == [7, 8]
+
+    asyncio.run(run())
+
+
+def test_weights_that_got_lost_are_sent_again_and_those_that_do_not_fit_are_an_error(trainer: Trainer) -> None:
+    async def run() -> None:
+        server = NetworkServer(load_problem="no answer for 5 s", lost=True)
+        async with pool_of(trainer, server) as (pool, _):
+            pushing = asyncio.create_task(pool.want(trainer.target(7, 1), 20.0))
+            await until(lambda: server.calls.count("/update_weights") > 1)
+            server.load_problem = ""
+            await pushing
+            assert server.loaded == [7]
+            server.load_problem, server.lost = "ValueError: lm_head.weight missing", False
+            with pytest.raises(ValueError, match="no server takes the weights of version 8: .* lm_head.weight missing"):
                 await pool.want(trainer.target(8, 2), 20.0)
-                assert good.loaded == [7, 8] and bad.loaded == [7, 8]
-            finally:
-                await pool.close()
+
+    asyncio.run(run())
+
+
+def test_a_set_stays_while_a_server_is_being_given_it(trainer: Trainer) -> None:
+    async def run() -> None:
+        slow = NetworkServer()
+        async with pool_of(trainer, slow) as (pool, _):
+            await pool.want(trainer.target(7, 1), 20.0)
+            slow.load_seconds = 0.5
+            first = trainer.target(8, 2)
+            pushing = asyncio.create_task(pool.want(first, 20.0))
+            await until(lambda: slow.calls.count("/update_weights") == 2)
+            second = trainer.target(9, 3)
+            pool._keeper.target = second
+            assert pool.weights_in_use() == {first.weights, second.weights}
+            await pushing
+            await until(lambda: slow.name == "run/3/9")
+            assert slow.loaded == [7, 8, 9] and pool.weights_in_use() == {second.weights}
 
     asyncio.run(run())
 
@@ -133,12 +194,13 @@ def test_servers_have_a_group_each_and_one_that_fails_harms_no_other(trainer: Tr
 def test_a_server_that_was_lost_is_given_a_new_group(trainer: Trainer) -> None:
     async def run() -> None:
         server = NetworkServer()
-        async with clients_of(server) as (client,):
-            link = trainer.transfer.link(0)
-            await client.load(trainer.weights(7), "v7", link)
-            link.drop()
-            await client.load(trainer.weights(8), "v8", link)
-            assert server.loaded == [7, 8] and len(server.groups) == 2
+        async with pool_of(trainer, server) as (pool, known):
+            await pool.want(trainer.target(7, 1), 20.0)
+            server.name = "default"  # as of one that was started anew; nothing failed for it
+            await until(lambda: server.name == "run/1/7")
+            assert server.loaded == [7, 7] and len(server.groups) == 2
+            assert server.calls.count("/update_weights") == 2
+        assert known[0].link._group is None
 
     asyncio.run(run())
 
@@ -153,13 +215,17 @@ def test_an_update_that_a_dead_trainer_left_open_is_ended_first(trainer: Trainer
     asyncio.run(run())
 
 
-def test_a_server_that_cannot_reach_the_trainer_says_why(trainer: Trainer) -> None:
+def test_a_server_that_cannot_reach_the_trainer_says_why_before_it_is_paused(trainer: Trainer) -> None:
     async def run() -> None:
-        server = NetworkServer(join_problem="cannot join the trainer at 10.0.0.1:5: timed out")
+        server = NetworkServer(join_problem="cannot join the trainer's group: no group at 10.0.0.1:5: timed out")
         async with clients_of(server) as (client,):
-            with pytest.raises(ServerRefused, match="cannot take weights over the network: cannot join the trainer at"):
-                await client.load(trainer.weights(7), "v7", trainer.transfer.link(0))
-            assert server.name == "default"  # it was not paused yet
+            link = trainer.transfer.link(0)
+            with pytest.raises(ServerUnavailable, match="cannot join the trainer's group: no group at 10.0.0.1:5"):
+                await client.load(trainer.weights(7), "v7", link)
+            assert server.calls == []
+            with pytest.raises(RuntimeError, match=f"weights cannot be sent to the server {server.url}: cannot join"):
+                await connect(client, link)
+            await connect(client, None)  # a rank that does not push
 
     asyncio.run(run())
 
@@ -180,43 +246,144 @@ def test_a_server_that_answers_nothing_while_it_receives_is_given_up_in_time(tra
     asyncio.run(run())
 
 
-def test_a_broadcast_fails_when_the_others_are_silent_and_when_it_is_cancelled() -> None:
+class Stuck:
+    """A stand-in for a group whose broadcast waits for the other end until it is cancelled."""
+
+    def __init__(self, *_: object) -> None:
+        self.device = torch.device("cpu")
+        self.cancelled, self.closed = threading.Event(), threading.Event()
+
+    def broadcast(self, data: Tensor) -> None:
+        assert self.cancelled.wait(30)
+        raise TransferLost("cancelled")
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("how", ["the server says what is wrong", "the push is cancelled"])
+def test_a_broadcast_that_nobody_receives_is_cancelled_at_once(trainer: Trainer, how: str) -> None:
+    async def run() -> None:
+        told = how.startswith("the server")
+        server = NetworkServer(load_problem="MemoryError: no room" if told else "", load_seconds=0.0 if told else 60.0)
+        async with clients_of(server) as (client,):
+            link = trainer.transfer.link(0)
+            await link.connect(client)
+            group = link._group = Stuck()
+            sending = asyncio.create_task(link.send(client, trainer.weights(7)))
+            if not told:
+                await until(lambda: "/update_weights" in server.calls)
+                sending.cancel()
+            with pytest.raises(ServerRefused if told else asyncio.CancelledError, match="no room" if told else None):
+                await asyncio.wait_for(sending, 5)
+            assert group.cancelled.is_set() and group.closed.wait(5)
+            with pytest.raises(ServerUnavailable, match="was left"):
+                await link.send(client, trainer.weights(8))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "there", "taken"),
+    [
+        ("auto", "cuda", "cuda", "nccl"),
+        ("auto", "cuda", "cpu", "gloo"),
+        ("auto", "cpu", "cuda", "gloo"),
+        ("gloo", "cuda", "cuda", "gloo"),
+        ("nccl", "cuda", "cuda", "nccl"),
+        ("nccl", "cpu", "cuda", "rank 0 is on cpu, the server on cuda: take gloo"),
+        ("nccl", "cuda", "cpu", "rank 0 is on cuda, the server on cpu: take gloo"),
+    ],
+)
+def test_nccl_is_taken_between_gpus_only(tmp_path: Path, asked: str, here: str, there: str, taken: str) -> None:
+    """Only what is chosen: no group is made, and no memory is pinned, without a GPU."""
+    layout = WeightLayout(str(make_policy(tmp_path)), None, "float32")
+    transfer = BroadcastTransfer(layout, settings(backend=asked, device=torch.device(here)))
+    transfer._store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+
+    async def run() -> None:
+        async with clients_of(NetworkServer(device=there)) as (client,):
+            link = transfer.link(0)
+            if taken in ("nccl", "gloo"):
+                assert (await link._info(client)).backend == taken
+            else:
+                with pytest.raises(ServerRefused, match=taken):
+                    await link._info(client)
+
+    asyncio.run(run())
+
+
+def make_policy(folder: Path) -> Path:
+    make_model(folder / "policy", tied=True)
+    return folder / "policy"
+
+
+def members(store: dist.TCPStore, name: str, timeout: float) -> list[WeightGroup]:
+    """A group of two."""
+    info = GroupInfo("127.0.0.1", store.port, name, 2, "gloo", timeout)
+
+    async def both() -> list[WeightGroup]:
+        return await asyncio.gather(
+            *(asyncio.to_thread(WeightGroup, info, rank, torch.device("cpu")) for rank in (0, 1))
+        )
+
+    return asyncio.run(both())
+
+
+def test_a_broadcast_fails_when_the_other_is_silent_when_it_is_cancelled_and_when_it_is_gone() -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     large = torch.zeros(2**26, dtype=torch.uint8)  # more than sockets hold
-
-    def members(name: str, timeout: float) -> list[WeightGroup]:
-        info = GroupInfo("127.0.0.1", store.port, name, 2, "gloo", timeout)
-
-        async def both() -> list[WeightGroup]:
-            join = [asyncio.to_thread(WeightGroup, info, rank, torch.device("cpu")) for rank in range(2)]
-            return await asyncio.gather(*join)
-
-        return asyncio.run(both())
-
-    sender, other = members("silent", 0.5)
-    with pytest.raises(RuntimeError, match="no answer for 0.5 s|Timed out|timed out"):
+    sender, other = members(store, "silent", 0.5)
+    with pytest.raises(TransferLost, match=r"no answer for 0\.5 s"):
         sender.broadcast(large)
     other.close()
-    sender, other = members("cancelled", 2.0)
+    sender, other = members(store, "cancelled", 2.0)
     sender.cancel()
-    with pytest.raises(RuntimeError, match="cancelled"):
+    with pytest.raises(TransferLost, match="cancelled"):
         sender.broadcast(large)
     other.close()
-    sender, other = members("gone", 30.0)
+    sender, other = members(store, "gone", 30.0)
     other.close()
-    with pytest.raises(RuntimeError, match="Connection closed by peer|Connection reset|Broken pipe"):
+    with pytest.raises(TransferLost, match="by peer|Broken pipe"):
         sender.broadcast(large)
 
 
 def test_a_member_that_waits_alone_gives_up() -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TransferLost, match=f"no group at 127.0.0.1:{store.port}"):
         WeightGroup(GroupInfo("127.0.0.1", store.port, "alone", 2, "gloo", 0.3), 0, torch.device("cpu"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         free = listener.getsockname()[1]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TransferLost, match=f"no group at 127.0.0.1:{free}"):
         WeightGroup(GroupInfo("127.0.0.1", free, "nobody", 2, "gloo", 0.3), 1, torch.device("cpu"))
+
+
+def test_no_room_for_a_set_reads_the_stream_to_its_end(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks wait in the collectives of the stream."""
+    for value in (7, 8):
+        trainer.weights(value)
+
+    def no_room(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("cannot allocate")
+
+    monkeypatch.setattr(torch, "empty", no_room)
+    stream = trainer.model.named_parameters()
+    with pytest.raises(RuntimeError, match="no room in the host's memory for 1[0-9]+ bytes.*cannot allocate"):
+        trainer.transfer.write(stream, "9")
+    assert next(stream, None) is None
+
+
+def test_release_stops_listening(trainer: Trainer) -> None:
+    port = trainer.transfer.port
+    with socket.create_connection(("127.0.0.1", port), 5):
+        pass
+    trainer.transfer.release()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -259,12 +426,11 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     engine(["http://x"], "y"), engine(["http://x"], "y", "file"), engine(["http://x"])
 
 
-def test_a_server_without_the_back_end_is_refused_with_its_option() -> None:
-    class Plain(FakeServer):
-        transfer = None
-
+def test_a_server_that_a_push_would_not_reach_is_refused() -> None:
     async def run() -> None:
-        async with clients_of(Plain()) as (client,):
+        async with clients_of(FakeServer(transfer=None, copies=2)) as (client,):
+            with pytest.raises(ServerRefused, match="it runs 2 copies of the model.*--data-parallel-size"):
+                await ServerCheck("policy", None)(client)
             with pytest.raises(
                 ServerRefused, match='back end is None: start it with --weight-transfer-config \'{"backend":'
             ):

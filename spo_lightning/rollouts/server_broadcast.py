@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from spo_lightning.rollouts.server_client import ServerClient, ServerUnavailable
+from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightLink, WeightSink, WeightTransfer
-from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup, address_towards
+from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, address_towards
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +98,15 @@ class BroadcastTransfer(WeightTransfer):
     def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
         """Copy one set to memory that no other set has; see ``WeightTransfer.write``."""
         stream = iter(named_parameters)
-        data = self._free.pop() if self._free else self._memory()
         try:
-            self._copy(stream, _MemorySink(data, self.layout))
-        except BaseException:
-            self._free.append(data)
+            if not self._free:
+                self._free.append(self._memory())
+            self._copy(stream, _MemorySink(self._free[-1], self.layout))
+        except RuntimeError:
+            for _ in stream:
+                pass
             raise
-        weights = PushedWeights(data=data)
+        weights = PushedWeights(data=self._free.pop())
         self._kept.add(weights)
         return weights
 
@@ -144,8 +146,8 @@ class BroadcastLink(WeightLink):
         """Form a group with the server's workers, unless there is one.
 
         Raises:
-            ServerUnavailable: the server does not answer.
-            ServerRefused: it cannot reach the trainer.
+            ServerUnavailable: the server does not answer, or one of the two cannot reach the other.
+            ServerRefused: it is not on CUDA, as NCCL needs.
         """
         if self._group is not None:
             return
@@ -158,7 +160,8 @@ class BroadcastLink(WeightLink):
     async def send(self, client: ServerClient, weights: PushedWeights) -> None:
         """Broadcast a set, bucket by bucket, while the server receives it."""
         group, self._group = self._group, None
-        assert group is not None
+        if group is None:
+            raise ServerUnavailable("the group with it was left before the weights were sent")
         assert weights.data is not None
         data, layout = weights.data, self._transfer.layout
 
@@ -188,17 +191,28 @@ class BroadcastLink(WeightLink):
     async def _info(self, client: ServerClient) -> GroupInfo:
         found = await client.describe()
         settings = self._transfer.settings
-        backend = settings.backend
-        if backend == "auto":
-            backend = "nccl" if {settings.device.type, found["device"]} == {"cuda"} else "gloo"
-        url = urlsplit(client.url)
-        try:
-            address = settings.address or address_towards(str(url.hostname), url.port or 80)
-        except OSError as error:
-            raise ServerUnavailable(f"there is no way to {url.hostname}: {error}") from error
+        on_cuda = {settings.device.type, found["device"]} == {"cuda"}
+        backend = ("nccl" if on_cuda else "gloo") if settings.backend == "auto" else settings.backend
+        if backend == "nccl" and not on_cuda:
+            raise ServerRefused(
+                f"weight_transfer is nccl, which needs CUDA on both sides; rank 0 is on {settings.device.type}, the "
+                f"server on {found['device']}: take gloo"
+            )
+        address = settings.address
+        if address is None:
+            address = await asyncio.to_thread(_address_towards, client.url)
         self._joined += 1
         name = f"{self._number}/{self._joined}"
-        return GroupInfo(address, self._transfer.port, name, 1 + int(found["world_size"]), backend, settings.timeout_s)
+        workers, _ = await client.world_sizes()
+        return GroupInfo(address, self._transfer.port, name, 1 + workers, backend, settings.timeout_s)
+
+
+def _address_towards(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        return address_towards(str(parts.hostname), parts.port or 80)
+    except OSError as error:
+        raise ServerUnavailable(f"there is no way to {parts.hostname}: {error}") from error
 
 
 class _MemorySink(WeightSink):
@@ -254,14 +268,13 @@ async def _both(request: Awaitable[None], local: asyncio.Future[T], cancel: Call
     """
     try:
         await request
-    except BaseException:
+        return await local
+    except BaseException as error:
         cancel()
         local.cancel()
+        if isinstance(error, TransferLost):
+            raise ServerUnavailable(f"the weights did not get through: {error}") from error
         raise
-    try:
-        return await local
-    except (RuntimeError, OSError) as error:
-        raise ServerUnavailable(f"the weights did not get through: {type(error).__name__}: {error}") from error
 
 
 def _close(group: WeightGroup) -> None:

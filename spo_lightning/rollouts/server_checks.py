@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable
+from spo_lightning.rollouts.server_weights import WeightLink
 from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND
 
 RETRY_INTERVAL = 0.5  # seconds
@@ -60,6 +61,12 @@ class ServerCheck:
                 f"its log-probabilities are {found['logprobs_mode']}, not those of the distribution that is sampled "
                 "from: start it with --logprobs-mode processed_logprobs"
             )
+        one, whole = await client.world_sizes()
+        if whole > one:
+            problems.append(
+                f"it runs {whole // one} copies of the model, of which a push might reach one: start a server for each "
+                "instead of one with --data-parallel-size"
+            )
         if found["weight_transfer"] != TRANSFER_BACKEND:
             problems.append(
                 f"its weight-transfer back end is {found['weight_transfer']!r}: start it with --weight-transfer-config "
@@ -97,3 +104,20 @@ class ServerCheck:
                         "docs/servers.md says, or correct the engine's urls"
                     ) from error
             await asyncio.sleep(RETRY_INTERVAL)
+
+
+async def connect(client: ServerClient, link: WeightLink | None) -> None:
+    """Make sure at the start of a run that weights can be sent to a server.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    if link is None:
+        return
+    try:
+        await link.connect(client)
+    except (ServerRefused, ServerUnavailable) as error:
+        raise RuntimeError(
+            f"weights cannot be sent to the server {client.url}: {error}. Let rank 0 and the server reach each other "
+            "(transfer_address, transfer_port), or take another weight_transfer"
+        ) from error

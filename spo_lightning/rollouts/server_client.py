@@ -107,6 +107,11 @@ class ServerClient:
         description: dict[str, Any] = answer["results"][0]
         return description
 
+    async def world_sizes(self) -> tuple[int, int]:
+        """Workers of one copy of the model, and of all copies, which data parallelism makes."""
+        one, whole = [await self._call("GET", f"/get_world_size?include_dp={dp}") for dp in ("false", "true")]
+        return int(one["world_size"]), int(whole["world_size"])
+
     async def weight_version(self) -> str:
         """The version its engine process was told last; "default" if none since it was started."""
         return str((await self._call("GET", "/weight_info"))["weight_version"])
@@ -123,7 +128,8 @@ class ServerClient:
             link: how it gets there.
 
         Raises:
-            ServerRefused: the weights do not fit.
+            ServerUnavailable: they did not get there, or the server does not answer.
+            ServerRefused: they do not fit.
         """
         await link.connect(self)
         await self._name_weights(LOADING)
@@ -132,7 +138,6 @@ class ServerClient:
         await self._call("POST", "/start_weight_update", timeout=self._push_timeout)
         await link.send(self, weights)
         await self._call("POST", "/finish_weight_update", timeout=self._push_timeout)
-        await self._raise_weight_problem("cannot load the weights")
         reset = await self._call("POST", "/reset_prefix_cache", timeout=self._push_timeout)
         if not reset["success"]:
             raise ServerUnavailable("could not reset its prefix cache, which holds keys and values of the old weights")
@@ -146,18 +151,23 @@ class ServerClient:
             group: a ``GroupInfo`` as a dictionary.
 
         Raises:
-            ServerRefused: they cannot.
+            ServerUnavailable: they did not.
         """
         await self._call("POST", "/init_weight_transfer_engine", {"init_info": group}, self._push_timeout)
-        await self._raise_weight_problem("cannot take weights over the network")
+        await self._raise_weight_problem()
 
     async def update_weights(self, what: Mapping[str, Any]) -> None:
         """Have the server's workers take a full set of weights, between the begin and the end of an update.
 
         Args:
             what: a ``PushInfo`` as a dictionary.
+
+        Raises:
+            ServerUnavailable: the weights did not get there.
+            ServerRefused: they do not fit.
         """
         await self._call("POST", "/update_weights", {"update_info": what}, self._push_timeout)
+        await self._raise_weight_problem()
 
     async def try_out(self) -> None:
         """Have it sample a token, within the time that it may take to load weights.
@@ -198,11 +208,12 @@ class ServerClient:
             raise ServerUnavailable(_text(error)) from error
         raise ServerUnavailable("the stream ended before the completion did")
 
-    async def _raise_weight_problem(self, what: str) -> None:
+    async def _raise_weight_problem(self) -> None:
         answer = await self._call("POST", "/collective_rpc", {"method": "spo_weight_problem"})
-        problems = sorted(set(answer["results"]) - {""})
-        if problems:
-            raise ServerRefused(f"{what}: {'; '.join(problems)}")
+        found = [result for result in answer["results"] if result["problem"]]
+        if found:
+            text = "; ".join(sorted({result["problem"] for result in found}))
+            raise ServerUnavailable(text) if all(result["lost"] for result in found) else ServerRefused(text)
 
     async def _name_weights(self, version: str) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": version})

@@ -184,6 +184,9 @@ class ServerPool:
         self.hold()
         for keeper in self._keepers:
             keeper.cancel()
+        for server in self._servers:
+            if server.link is not None:
+                server.link.drop()
         streams = [task for server in self._servers for task in server.streams.values()]
         await asyncio.gather(*self._keepers, *streams, return_exceptions=True)
 

@@ -8,23 +8,20 @@ exception in a worker with a bare "internal server error".
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, WeightGroup
-
-FAILURES = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)
+from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, TransferLost, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,9 @@ class WeightReceiver(WeightTransferEngine):
     that dies in the middle leaves no model half taken apart.
 
     Attributes:
-        problem: what did not fit at the last ``init_transfer_engine`` or ``receive_weights``, or "". The model then
-            holds a mixture of old and new values.
+        problem: what went wrong at the last ``init_transfer_engine`` or ``update_weights``, or "". The model may then
+            hold a mixture of old and new values.
+        lost: whether that was on the way between the trainer and here, so that another try may do.
         updating: whether an update has begun and not ended.
     """
 
@@ -60,23 +58,21 @@ class WeightReceiver(WeightTransferEngine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.problem = ""
+        self.problem, self.lost = "", False
         self.updating = False
         self._group: WeightGroup | None = None
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Join the trainer's group; an earlier one is left."""
         self.shutdown()
-        parallel = self.parallel_config
-        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self.problem = ""
+        self.problem, self.lost = "", False
         try:
-            self._group = WeightGroup(init_info, rank, self.device)
-        except FAILURES as error:
-            self.problem = f"cannot join the trainer at {init_info.address}:{init_info.port}: {_text(error)}"
+            self._group = WeightGroup(init_info, 1 + self.parallel_config.rank, self.device)
+        except Exception as error:
+            self._keep("cannot join the trainer's group", error)
 
     def start_weight_update(self) -> None:
-        """Note that an update has begun; ``receive_weights`` does all."""
+        """Note that an update has begun; ``update_weights`` does all."""
         self.updating = True
 
     def finish_weight_update(self) -> None:
@@ -84,25 +80,29 @@ class WeightReceiver(WeightTransferEngine):
         self.updating = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one full set of weights; call it while no request is under way."""
-        self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        """Load one full set of weights; call it while no request is under way.
+
+        Raises nothing: an error of any kind is kept as the ``problem``. vLLM's loaders assert, and would leave an
+        update open that nobody can end.
+        """
+        self.problem, self.lost = "", False
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+        except Exception as error:
+            self._keep("cannot load the weights", error)
 
     def receive_weights(self, update_info: PushInfo) -> None:
-        """Load one full set of weights, one tensor or one broadcast in memory at a time."""
-        self.problem = ""
-        source = _read(update_info.path) if update_info.path else self._received(update_info)
-        try:
-            missing = self._load(source)
-        except FAILURES as error:
-            self.problem = _text(error)
-            with contextlib.suppress(*FAILURES):
-                for _ in source:  # the trainer goes on sending what it announced
-                    pass
-        else:
-            if missing:
-                self.problem = f"{', '.join(sorted(missing))} missing from {update_info.path or 'what was sent'}"
+        """Load one full set of weights, one tensor or one broadcast in memory at a time.
+
+        Raises:
+            ValueError: a parameter of the model is missing from the set.
+        """
+        missing = self._load(_read(update_info.path) if update_info.path else self._received(update_info))
+        if missing:
+            source = update_info.path or "what was sent"
+            raise ValueError(f"{', '.join(sorted(missing))} missing from {source}")
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -110,9 +110,12 @@ class WeightReceiver(WeightTransferEngine):
             self._group.close()
             self._group = None
 
+    def _keep(self, what: str, error: Exception) -> None:
+        self.problem, self.lost = f"{what}: {type(error).__name__}: {error}", isinstance(error, TransferLost)
+
     def _received(self, info: PushInfo) -> Iterator[tuple[str, Tensor]]:
         if self._group is None:
-            raise RuntimeError("the worker is in no group with a trainer")
+            raise TransferLost("the worker is in no group with a trainer")
         dtype = getattr(torch, info.dtype)
         for bucket in info.buckets:
             sizes = [math.prod(shape) * dtype.itemsize for _, shape in bucket]
@@ -156,7 +159,6 @@ class ServerWorker:
             "logprobs_mode": config.logprobs_mode,
             "max_logprobs": config.max_logprobs,
             "weight_transfer": transfer and transfer.backend,
-            "world_size": self.vllm_config.parallel_config.world_size_across_dp,
             "device": self.vllm_config.device_config.device_type,
         }
 
@@ -165,19 +167,15 @@ class ServerWorker:
         if self.weight_transfer_engine.updating:
             self.finish_weight_update()
 
-    def spo_weight_problem(self) -> str:
-        """What was wrong with the last group or the last weights, or ""."""
-        return str(self.weight_transfer_engine.problem)
+    def spo_weight_problem(self) -> dict[str, Any]:
+        """What was wrong with the last group or the last weights, ``problem``, and whether another try may do."""
+        return {"problem": self.weight_transfer_engine.problem, "lost": self.weight_transfer_engine.lost}
 
 
 def _read(path: str) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118  (a safetensors file is no mapping)
             yield name, weights.get_tensor(name)
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, WeightReceiver)

@@ -135,8 +135,8 @@ class VLLMServerEngine(RolloutEngine):
         """Wait for the servers and check them.
 
         Raises:
-            RuntimeError: the engine was started before, a server does not answer in time, another run has the weights
-                folder or the port, or there is no room for the weights.
+            RuntimeError: the engine was started before, a server does not answer in time or cannot be sent weights,
+                another run has the weights folder or the port, or there is no room for the weights.
             ValueError: a server does not fit the run: another model, too short a length, missing options.
         """
         if self._thread is not None:
@@ -303,7 +303,7 @@ class VLLMServerEngine(RolloutEngine):
     async def _connect(self, context: EngineContext) -> None:
         import aiohttp
 
-        from spo_lightning.rollouts.server_checks import Limits, ServerCheck
+        from spo_lightning.rollouts.server_checks import Limits, ServerCheck, connect
         from spo_lightning.rollouts.server_client import ServerClient
         from spo_lightning.rollouts.server_pool import ServerPool
         from spo_lightning.rollouts.server_state import Server
@@ -314,8 +314,10 @@ class VLLMServerEngine(RolloutEngine):
         timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
         clients = [ServerClient(url, session, *timeouts) for url in self.urls]
         check = ServerCheck(context.model_path, context.max_model_len)
+        servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         try:
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))
+            await asyncio.gather(*(connect(server.client, server.link) for server in servers))
         except BaseException:
             await session.close()
             raise
@@ -328,7 +330,6 @@ class VLLMServerEngine(RolloutEngine):
             range(known, self._limits.vocab_size),
         )
         self._session: aiohttp.ClientSession = session
-        servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         self._pool: ServerPool = ServerPool(
             servers, check, self._format, self.max_requests_per_server, self.probe_interval_s
         )

@@ -6,6 +6,7 @@ without a bound, and a failure is an error rather than the end of the process.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -18,7 +19,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 POLL_SECONDS = 0.0005
+NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"  # of ProcessGroupNCCL, read when one is made
 TRANSFER_BACKEND = "spo"  # what a server calls the back end of ``server_worker.py``
+
+
+class TransferLost(RuntimeError):
+    """Weights did not get from one end to the other; another try may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class GroupInfo:
 
 
 class WeightGroup:
-    """One member of a group; blocks until all members are there.
+    """One member of a group; blocks until all members are there and the first bytes have gone over.
 
     Args:
         info: of the group.
@@ -57,44 +63,40 @@ class WeightGroup:
         device: where tensors to broadcast must be.
 
     Raises:
-        RuntimeError: the others do not come in time.
+        TransferLost: the others do not come in time, or there is no way to them.
     """
 
     def __init__(self, info: GroupInfo, rank: int, device: torch.device) -> None:
-        limit = timedelta(seconds=info.timeout_s)
-        store = dist.TCPStore(info.address, info.port, is_master=False, timeout=limit)
-        named = dist.PrefixStore(info.name, store)
         self._timeout_s = info.timeout_s
         self._cancelled = threading.Event()
-        kind: Any
-        if info.backend == "nccl":
-            kind, self.device = dist.ProcessGroupNCCL, device
-            options = kind.Options()
-            options._timeout = timedelta(days=1)  # its watchdog would end the process; broadcast() has its own bound
-        else:
-            kind, self.device = dist.ProcessGroupGloo, torch.device("cpu")
-            options = kind._Options()
-            options._timeout = limit
-            options._devices = [kind.create_device(hostname=address_towards(info.address, info.port))]
-        self._group = kind(named, rank, info.world_size, options)
+        self.device = device if info.backend == "nccl" else torch.device("cpu")
+        try:
+            self._group = _nccl(info, rank) if info.backend == "nccl" else _gloo(info, rank)
+        except (RuntimeError, OSError) as error:
+            raise TransferLost(f"no group at {info.address}:{info.port}: {error}") from error
+        self.broadcast(torch.zeros(8, dtype=torch.uint8, device=self.device))
 
     def broadcast(self, data: Tensor) -> None:
         """Send from rank 0, or receive into, a tensor on ``device``; returns when it has arrived.
 
         Raises:
-            RuntimeError: a member is gone, does not answer in time, or this one was cancelled. The group is of no more
+            TransferLost: a member is gone, does not answer in time, or this one was cancelled. The group is of no more
                 use then.
         """
         group = self._group
-        work = group.broadcast([data], dist.BroadcastOptions())
         deadline = time.monotonic() + self._timeout_s
-        while not work.is_completed():
-            late = time.monotonic() > deadline
-            if late or self._cancelled.is_set():
-                group.abort()
-                raise RuntimeError(f"no answer for {self._timeout_s:g} s" if late else "cancelled")
-            time.sleep(POLL_SECONDS)
-        work.wait()
+        try:
+            work = group.broadcast([data], dist.BroadcastOptions())
+            while not work.is_completed():
+                if self._cancelled.is_set():
+                    raise TransferLost("cancelled")
+                if time.monotonic() > deadline:
+                    raise TransferLost(f"no answer for {self._timeout_s:g} s")
+                time.sleep(POLL_SECONDS)
+            work.wait()
+        except RuntimeError as error:
+            group.abort()
+            raise error if isinstance(error, TransferLost) else TransferLost(str(error)) from error
 
     def cancel(self) -> None:
         """Make a broadcast that another thread waits for fail."""
@@ -103,6 +105,33 @@ class WeightGroup:
     def close(self) -> None:
         """Leave the group. With Gloo this waits for a broadcast that has failed here and not yet at the other end."""
         self._group = None
+
+
+def _gloo(info: GroupInfo, rank: int) -> Any:
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._timeout = timedelta(seconds=info.timeout_s + 1)  # after broadcast() has given up
+    options._devices = [kind.create_device(hostname=address_towards(info.address, info.port))]
+    return kind(_store(info), rank, info.world_size, options)
+
+
+def _nccl(info: GroupInfo, rank: int) -> Any:
+    kind: Any = dist.ProcessGroupNCCL
+    options = kind.Options()
+    options._timeout = timedelta(days=1)  # broadcast() has its own bound
+    before = os.environ.get(NO_WATCHDOG)
+    os.environ[NO_WATCHDOG] = "1"  # it would end this process some time after another one has died
+    try:
+        return kind(_store(info), rank, info.world_size, options)
+    finally:
+        del os.environ[NO_WATCHDOG]
+        if before is not None:
+            os.environ[NO_WATCHDOG] = before
+
+
+def _store(info: GroupInfo) -> dist.Store:
+    limit = timedelta(seconds=info.timeout_s)
+    return dist.PrefixStore(info.name, dist.TCPStore(info.address, info.port, is_master=False, timeout=limit))
 
 
 def address_towards(host: str, port: int) -> str:

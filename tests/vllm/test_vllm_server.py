@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from spo_lightning.rollouts import vllm_server
-from spo_lightning.rollouts.server_client import ServerClient, ServerRefused
+from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup
 from spo_lightning.tools.settings import ToolUse
@@ -318,11 +318,36 @@ def test_a_trainer_that_dies_in_the_middle_of_a_push_leaves_a_server_that_the_ne
             update = asyncio.create_task(client.update_weights({"dtype": "float32", "buckets": buckets}))
             await asyncio.to_thread(group.broadcast, torch.zeros_like(first[1]).reshape(-1).view(torch.uint8))
             group.close()
-            await update
-            with pytest.raises(ServerRefused, match="trying: RuntimeError: .*(closed|reset) by peer"):
-                await client._raise_weight_problem("trying")
+            with pytest.raises(ServerUnavailable, match="weights: TransferLost: .*(closed|reset) by peer"):
+                await update
 
     asyncio.run(die())
+    engine = untied.engine()
+    engine.submit([ask(0, tokens=20)])
+    (completion,) = drain(engine)
+    assert logprob_error(untied.policy, completion) < TOLERANCE
+
+
+def test_a_parameter_of_another_shape_is_refused_and_a_good_push_follows(untied: Run) -> None:
+    """vLLM's loaders assert; an update that stayed open would end the server's use."""
+    name, value = next(iter(untied.policy.model.named_parameters()))
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    info = GroupInfo("127.0.0.1", store.port, "shape", 2, "gloo", 20.0)
+
+    async def push_too_small() -> None:
+        async with aiohttp.ClientSession() as session:
+            client = ServerClient(untied.servers[0].url, session, 10.0, 30.0, 30.0)
+            joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
+            group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
+            await client._call("POST", "/start_weight_update")
+            what = {"dtype": "float32", "buckets": [[(name, [3, value.shape[1]])]]}
+            update = asyncio.create_task(client.update_weights(what))
+            await asyncio.to_thread(group.broadcast, torch.zeros(3 * value.shape[1] * 4, dtype=torch.uint8))
+            with pytest.raises(ServerRefused, match="cannot load the weights: AssertionError"):
+                await update
+            group.close()
+
+    asyncio.run(push_too_small())
     engine = untied.engine()
     engine.submit([ask(0, tokens=20)])
     (completion,) = drain(engine)
