@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -437,3 +440,35 @@ def test_a_server_that_a_push_would_not_reach_is_refused() -> None:
                 await ServerCheck("policy", None)(client)
 
     asyncio.run(run())
+
+
+ENDS = """
+import sys
+from pathlib import Path
+from spo_lightning.rollouts.server_thread import LoopThread
+from test_server_broadcast import NetworkServer, Trainer, clients_of, settings
+
+async def run():
+    trainer = Trainer(Path(sys.argv[1]), settings())
+    async with clients_of(NetworkServer(workers=3)) as (client,):
+        links = [trainer.transfer.link(number) for number in range(4)]
+        for link in links:
+            await client.load(trainer.weights(7), "v7", link)
+        for link in links:
+            link.drop()
+
+LoopThread("servers").run(run())
+"""
+
+
+def test_a_process_that_ends_just_after_its_groups_ends_well(tmp_path: Path) -> None:
+    """A thread that leaves a group while the interpreter ends would abort it."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]

@@ -246,7 +246,7 @@ def _buckets(layout: WeightLayout, limit: int) -> list[list[str]]:
 
 
 def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Start a call on a thread of its own, which keeps neither the loop nor the process from ending."""
+    """Start a call on a thread of its own, which does not keep the loop from ending."""
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     outcome.set_running_or_notify_cancel()
 
@@ -256,7 +256,7 @@ def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
         except BaseException as error:
             outcome.set_exception(error.with_traceback(None))  # its frames hold the group
 
-    threading.Thread(target=run, name="weight-transfer", daemon=True).start()
+    _start(run)
     return asyncio.wrap_future(outcome)
 
 
@@ -278,4 +278,9 @@ async def _both(request: Awaitable[None], local: asyncio.Future[T], cancel: Call
 
 
 def _close(group: WeightGroup) -> None:
-    threading.Thread(target=group.close, name="weight-transfer", daemon=True).start()
+    _start(group.close)
+
+
+def _start(call: Callable[[], None]) -> None:
+    """Start a thread that the process waits for; it would be aborted if it ended while one is inside of a group."""
+    threading.Thread(target=call, name="weight-transfer", daemon=False).start()
