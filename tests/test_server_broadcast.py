@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -27,7 +28,7 @@ from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
-from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, address_towards
+from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, _nccl, address_towards
 
 from fake_server import FakeServer
 from tiny_models import make_char_tokenizer, make_model
@@ -379,6 +380,39 @@ def test_no_room_for_a_set_reads_the_stream_to_its_end(trainer: Trainer, monkeyp
     with pytest.raises(RuntimeError, match="no room in the host's memory for 1[0-9]+ bytes.*cannot allocate"):
         trainer.transfer.write(stream, "9")
     assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_groups_of_nccl_are_made_without_a_watchdog_one_at_a_time(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for ``ProcessGroupNCCL``, which notes what it would read of the environment when it is made."""
+    name, seen = "TORCH_NCCL_BLOCKING_WAIT", []
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+
+    class Noting:
+        Options = SimpleNamespace
+
+        def __init__(self, store: object, rank: int, size: int, options: SimpleNamespace) -> None:
+            seen.append(os.environ.get(name))
+            time.sleep(0.05)
+            seen.append(os.environ.get(name))
+            assert options._timeout.days == 1
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Noting, raising=False)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    threads = [
+        threading.Thread(target=_nccl, args=(GroupInfo("127.0.0.1", store.port, str(i), 2, "nccl", 20.0), 0))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["1"] * 8 and os.environ.get(name) == before
 
 
 def test_release_stops_listening(trainer: Trainer) -> None:

@@ -10,6 +10,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,7 @@ from torch import distributed as dist
 
 POLL_SECONDS = 0.0005
 NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"  # of ProcessGroupNCCL, read when one is made
+_environment = threading.Lock()
 TRANSFER_BACKEND = "spo"  # what a server calls the back end of ``server_worker.py``
 
 
@@ -119,14 +122,23 @@ def _nccl(info: GroupInfo, rank: int) -> Any:
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
     options._timeout = timedelta(days=1)  # broadcast() has its own bound
-    before = os.environ.get(NO_WATCHDOG)
-    os.environ[NO_WATCHDOG] = "1"  # it would end this process some time after another one has died
-    try:
-        return kind(_store(info), rank, info.world_size, options)
-    finally:
-        del os.environ[NO_WATCHDOG]
-        if before is not None:
-            os.environ[NO_WATCHDOG] = before
+    store = _store(info)
+    with _no_watchdog():
+        return kind(store, rank, info.world_size, options)
+
+
+@contextmanager
+def _no_watchdog() -> Iterator[None]:
+    """Groups made within have no watchdog, which would end this process some time after another one has died."""
+    with _environment:
+        before = os.environ.get(NO_WATCHDOG)
+        os.environ[NO_WATCHDOG] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(NO_WATCHDOG)
+            if before is not None:
+                os.environ[NO_WATCHDOG] = before
 
 
 def _store(info: GroupInfo) -> dist.Store:
