@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_checks import ServerCheck, connect
 from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_pool import ServerPool
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
+from spo_lightning.rollouts.server_thread import LoopThread
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, _nccl, address_towards
@@ -233,6 +235,27 @@ def test_a_server_that_cannot_reach_the_trainer_says_why_before_it_is_paused(tra
             await connect(client, None)  # a rank that does not push
 
     asyncio.run(run())
+
+
+def test_an_engine_forms_its_groups_as_it_starts_and_leaves_them_when_that_fails(tmp_path: Path) -> None:
+    policy = make_policy(tmp_path)
+    context = EngineContext(str(policy), make_char_tokenizer(), "cpu", "float32", (1,))
+    thread, good, bad = LoopThread("fakes"), NetworkServer(), NetworkServer(join_problem="cannot join: timed out")
+    for server in (good, bad):
+        thread.run(server.start())
+    engine = VLLMServerEngine([good.url, bad.url])
+    try:
+        with pytest.raises(RuntimeError, match=f"weights cannot be sent to the server {bad.url}: cannot join"):
+            engine.start(context)
+        assert len(bad.groups) == 1 and engine.num_open == 0
+        bad.join_problem = ""
+        engine.start(context)
+        assert len(good.groups) == len(bad.groups) == 2 and good.loaded == bad.loaded == []
+        engine.close()
+    finally:
+        for server in (good, bad):
+            thread.run(server.stop())
+        thread.stop()
 
 
 def test_a_server_that_answers_nothing_while_it_receives_is_given_up_in_time(trainer: Trainer) -> None:

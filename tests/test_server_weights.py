@@ -112,6 +112,8 @@ def test_a_set_in_memory_stays_as_it_is_until_it_is_let_go(model, tmp_path: Path
     with pytest.raises(ValueError, match="is missing"):
         transfer.write([], "4")
     assert set(norms[0].tolist()) & {7.0, 9.0} == {7.0}
+    transfer.remove()
+    assert [len(data) for data in transfer._free] == [transfer.layout.size]  # one for the next push
     transfer.release()
 
 

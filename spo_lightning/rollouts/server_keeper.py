@@ -53,8 +53,7 @@ class Keeper:
         server.held, server.cause, server.answers, server.proven = None, cause, False, False
         server.suspects.clear()
         server.cancel()
-        if server.link is not None:
-            server.link.drop()
+        server.forget()
 
     async def _look_after(self, server: Server, target: Target) -> list[tuple[Job, str]]:
         """Push the weights where they are missing; the jobs that failed before this and cannot blame the server."""

@@ -185,8 +185,7 @@ class ServerPool:
         for keeper in self._keepers:
             keeper.cancel()
         for server in self._servers:
-            if server.link is not None:
-                server.link.drop()
+            server.forget()
         streams = [task for server in self._servers for task in server.streams.values()]
         await asyncio.gather(*self._keepers, *streams, return_exceptions=True)
 

@@ -122,6 +122,11 @@ class Server:
     suspects: list[tuple[Job, str]] = field(default_factory=list)
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def forget(self) -> None:
+        """Leave what weights are sent over; the server may have been replaced, or is needed no more."""
+        if self.link is not None:
+            self.link.drop()
+
     def cancel(self) -> None:
         """End all its streams but the one that calls this."""
         for task in list(self.streams.values()):

@@ -319,6 +319,8 @@ class VLLMServerEngine(RolloutEngine):
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))
             await asyncio.gather(*(connect(server.client, server.link) for server in servers))
         except BaseException:
+            for server in servers:
+                server.forget()
             await session.close()
             raise
         self._limits = Limits(min(one.max_model_len for one in limits), min(one.vocab_size for one in limits))

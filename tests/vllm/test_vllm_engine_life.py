@@ -177,17 +177,22 @@ def test_a_failure_inside_vllm_loses_nothing(policy: tuple[str, PreTrainedModel]
         assert whole[i].token_ids[:5].tolist() == halves[i].token_ids.tolist()
 
 
+@pytest.mark.parametrize("call", ["step", "push"])
 def test_a_call_that_hangs_ends_the_process_and_says_where(
-    policy: tuple[str, PreTrainedModel], engines: list[VLLMEngine], tmp_path: Path
+    policy: tuple[str, PreTrainedModel], engines: list[VLLMEngine], tmp_path: Path, call: str
 ) -> None:
-    """In a child process, whose model waits for ever in its first layer, after a step that did not."""
+    """In a child process, whose model waits for ever in its first layer or for weights, after a step that did not."""
     engine = start(policy[0])
     engines.append(engine)
     engine.submit([request(0, seed=0)])
     engine.step()
 
-    def wait_for_ever(module: Any, arguments: Any) -> None:
+    def wait_for_ever(*arguments: Any) -> None:
         time.sleep(1000)
+
+    def break_model(model: Any) -> None:
+        model.model.layers[0].register_forward_pre_hook(wait_for_ever)
+        model.load_weights = wait_for_ever
 
     said = tmp_path / "stderr"
     child = os.fork()
@@ -197,8 +202,11 @@ def test_a_call_that_hangs_ends_the_process_and_says_where(
         engine.step()
         time.sleep(2.5)
         os.write(2, b"a call that returned is watched no longer\n")
-        engine._process.llm.apply_model(lambda m: m.model.layers[0].register_forward_pre_hook(wait_for_ever))  # type: ignore[union-attr]
-        engine.step()
+        engine._process.llm.apply_model(break_model)  # type: ignore[union-attr]
+        if call == "step":
+            engine.step()
+        else:
+            engine.update_weights(policy[1].named_parameters(), version=1)
         os._exit(7)
     deadline = time.monotonic() + 30
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:

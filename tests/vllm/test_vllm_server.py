@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -301,25 +303,31 @@ def test_a_wrong_url_and_a_wrong_model_are_named(tied: Run) -> None:
         engine.start(other.context())
 
 
+@asynccontextmanager
+async def update(server: ServerProcess, name: str, buckets: list[Any]) -> AsyncIterator[tuple[WeightGroup, Any]]:
+    """A group with a server, and an update by hand that announces these buckets and has begun."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    info = GroupInfo("127.0.0.1", store.port, name, 2, "gloo", 20.0)
+    async with aiohttp.ClientSession() as session:
+        client = ServerClient(server.url, session, 10.0, 30.0, 30.0)
+        joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
+        group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
+        await client._call("POST", "/start_weight_update")
+        yield group, asyncio.create_task(client.update_weights({"dtype": "float32", "buckets": buckets}))
+        group.close()
+
+
 def test_a_trainer_that_dies_in_the_middle_of_a_push_leaves_a_server_that_the_next_one_can_use(untied: Run) -> None:
     """Its group ends after the first of two announced broadcasts; the weights are half replaced then."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    info = GroupInfo("127.0.0.1", store.port, "dies", 2, "gloo", 20.0)
     named = list(untied.policy.model.named_parameters())
-    first, rest = named[0], named[1:]
-    buckets = [[(name, list(value.shape)) for name, value in part] for part in ([first], rest)]
+    buckets = [[(name, list(value.shape)) for name, value in part] for part in (named[:1], named[1:])]
 
     async def die() -> None:
-        async with aiohttp.ClientSession() as session:
-            client = ServerClient(untied.servers[0].url, session, 10.0, 30.0, 30.0)
-            joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
-            group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
-            await client._call("POST", "/start_weight_update")
-            update = asyncio.create_task(client.update_weights({"dtype": "float32", "buckets": buckets}))
-            await asyncio.to_thread(group.broadcast, torch.zeros_like(first[1]).reshape(-1).view(torch.uint8))
+        async with update(untied.servers[0], "dies", buckets) as (group, answer):
+            await asyncio.to_thread(group.broadcast, torch.zeros(named[0][1].nbytes, dtype=torch.uint8))
             group.close()
             with pytest.raises(ServerUnavailable, match="weights: TransferLost: .*(closed|reset) by peer"):
-                await update
+                await answer
 
     asyncio.run(die())
     engine = untied.engine()
@@ -331,21 +339,12 @@ def test_a_trainer_that_dies_in_the_middle_of_a_push_leaves_a_server_that_the_ne
 def test_a_parameter_of_another_shape_is_refused_and_a_good_push_follows(untied: Run) -> None:
     """vLLM's loaders assert; an update that stayed open would end the server's use."""
     name, value = next(iter(untied.policy.model.named_parameters()))
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    info = GroupInfo("127.0.0.1", store.port, "shape", 2, "gloo", 20.0)
 
     async def push_too_small() -> None:
-        async with aiohttp.ClientSession() as session:
-            client = ServerClient(untied.servers[0].url, session, 10.0, 30.0, 30.0)
-            joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
-            group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
-            await client._call("POST", "/start_weight_update")
-            what = {"dtype": "float32", "buckets": [[(name, [3, value.shape[1]])]]}
-            update = asyncio.create_task(client.update_weights(what))
+        async with update(untied.servers[0], "shape", [[(name, [3, value.shape[1]])]]) as (group, answer):
             await asyncio.to_thread(group.broadcast, torch.zeros(3 * value.shape[1] * 4, dtype=torch.uint8))
             with pytest.raises(ServerRefused, match="cannot load the weights: AssertionError"):
-                await update
-            group.close()
+                await answer
 
     asyncio.run(push_too_small())
     engine = untied.engine()
