@@ -29,7 +29,7 @@ from engine_runs import (
     run,
     start,
 )
-from tool_runs import Count, LetterFormat, assert_called, with_tools
+from tool_runs import CALLS, Count, LetterFormat, assert_called, with_tools
 
 pytestmark = NEEDS_VLLM
 POLICIES = {
@@ -435,13 +435,18 @@ def test_completions_call_tools(fresh: Policy) -> None:
         torch.testing.assert_close(completion.sampling_logprobs[mask].double(), expected[mask], atol=3e-5, rtol=0)
         assert set(completion.policy_versions.tolist()) == {fresh.version}
         assert completion.num_sampled <= 40
-    first = next(completion for completion in done.values() if not completion.completion_mask.all())
-    length = int((~first.completion_mask).nonzero()[0])
-    tool.held[TOKENIZER.decode(first.token_ids[:length])] = held = threading.Event()
-    number = first.request_id
+    turns = {
+        number: TOKENIZER.decode(done[number].token_ids[: int((~done[number].completion_mask).nonzero()[0])])
+        for number in sorted(done)
+        if not done[number].completion_mask.all()
+    }
+    # a call that can be read, of a text that the tool gets as it stands; others would not be held
+    number = next(number for number, turn in turns.items() if turn[-1] in CALLS and "<" not in turn)
+    first, length = done[number], len(turns[number])
+    tool.held[turns[number]] = held = threading.Event()
     engine.submit([request(number, PROMPTS[number % 6], seed=number, max_tokens=40)])
     while fresh.engine.num_open:
-        engine.step()
+        assert engine.step() == []
     other = fresh.others[0]
     version = fresh.push(other)
     held.set()
