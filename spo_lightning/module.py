@@ -205,7 +205,10 @@ class SPOModule(LightningModule):
             return
         strategy = self.trainer.strategy
         reads = strategy.is_global_zero or not is_sharding(strategy)
-        policy = load_policy(self.policy_config, reads, self.seed)
+        # Lightning makes tensors on the device here: there Transformers loads with accelerate only, and generators of
+        # the CPU, which give every device the same numbers, are refused.
+        with torch.device("cpu"):
+            policy = load_policy(self.policy_config, reads, self.seed)
         self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
 
     def configure_optimizers(self) -> Any:
@@ -352,6 +355,7 @@ class SPOModule(LightningModule):
         idle = self.generation.engine.take_idle_seconds()
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens, idle)
         self.log_dict(metrics, on_step=True, on_epoch=False)
+        self.iterations_done = batch.iteration + 1
         by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, advantages.tolist(), strict=True))
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
         return {"outcome": outcome, "records": records}
