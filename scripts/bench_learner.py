@@ -7,7 +7,8 @@ pass; what TRL does without fused kernels. Forward and backward pass, values and
 ``python scripts/bench_learner.py --device cuda --update`` measures an update of a policy with random weights: score,
 forward and backward pass over the micro-batches, and a step of AdamW, through the project's own learner. Each row of a
 shape changes one thing about its first row. Model FLOPs count each product of the model once a pass (one pass to score,
-three to differentiate), causal attention by half, and nothing that is computed again.
+three to learn, two with LoRA, which needs no gradient of the weights), causal attention by half, and nothing that is
+computed again.
 
 Every measurement is a process of its own, those of two methods in turn. Memory is what the peak adds to what was there
 before the call: on CUDA by the allocator, on Linux by the kernel's peak of resident memory, which is reset before.
@@ -23,19 +24,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import spo_lightning.policy
 from spo_lightning.algorithms import PPOClipLoss, linear_logprobs, selected_logprobs
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.learner import accumulate_gradient, score
+from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import Policy, decoder_layers
+from spo_lightning.policy import Policy, checkpoint_activations, decoder_layers, tells_packed_sequences_apart
+from spo_lightning.unpadded import UNPADDED
 
 BAR_SIZE, MEMORY_BAR, TIME_BAR = (4096, 151_936), 1 / 8, 1.15
 SEQUENCE_LENGTH = 512
@@ -61,15 +68,35 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 COMMON_SHAPE = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
-FIRST_ROW = {"head": "chunked", "checkpointing": True, "precision": "bf16-true", "compile": False}
+FIRST_ROW = {
+    "head": "torch",
+    "attention": UNPADDED,
+    "checkpointing": True,
+    "precision": "bf16-true",
+    "compile": False,
+    "lora": False,
+    "optimizer": "torch.optim:AdamW",
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "bf16-true, checkpointing": {},
     "plain head": {"head": "plain"},
+    "Liger's head": {"head": "liger"},
+    "padding computed": {"attention": "sdpa"},
+    "flash attention": {"attention": "flash_attention_2"},
     "no checkpointing": {"checkpointing": False},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "float32": {"precision": "32-true"},
     "torch.compile": {"compile": True},
+    "LoRA, rank 16": {"lora": True},
+    "8-bit AdamW": {"optimizer": "bitsandbytes.optim:AdamW8bit"},
 }
+PACKAGES = {
+    "Liger's head": "liger_kernel",
+    "flash attention": "flash_attn",
+    "LoRA, rank 16": "peft",
+    "8-bit AdamW": "bitsandbytes",
+}
+NEEDS_CUDA = {"Liger's head", "flash attention"}
 PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 UPDATE_SIZES = ("sequences", "length", "micro_batch_tokens", "repeats")
 Measurement = dict[str, float]
@@ -100,10 +127,11 @@ class PeakMemory:
 
 def seconds_of(action: Callable[[], object], device: str) -> tuple[float, float]:
     """Seconds of one call: by the clock, and of processor time, which other programs on the machine disturb less."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    finish()
     start, processor_start = time.perf_counter(), time.process_time()
     action()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    finish()
     return time.perf_counter() - start, time.process_time() - processor_start
 
 
@@ -141,38 +169,30 @@ def measure_head(task: Mapping[str, Any], device: str) -> Measurement:
     return run(task["tokens"], task["vocab"], task["hidden"])
 
 
-class PlainHeadPolicy(Policy):
-    """The policy with a head that holds the logits of all its tokens."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        completion_mask: Tensor,
-        temperature: float,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Score the sampled tokens."""
-        hidden = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden[completion_mask.roll(-1, dims=-1)])
-        return selected_logprobs(logits, input_ids[completion_mask], temperature)
+def plain_policy_head(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, bias: Tensor | None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """``linear_logprobs`` by a head that holds the logits of all its tokens."""
+    return selected_logprobs(functional.linear(hidden, weight, bias), token_ids, temperature)
 
 
 def build_policy(task: Mapping[str, Any], device: str) -> Policy:
     """A policy with random weights and the options of ``task``."""
     config = Qwen3Config(**{**COMMON_SHAPE, **SHAPES[task["shape"]]})
+    dtype = torch.bfloat16 if task["precision"] == "bf16-true" else torch.float32
     with torch.device(device):
-        model = Qwen3ForCausalLM._from_config(
-            config, dtype=torch.bfloat16 if task["precision"] == "bf16-true" else torch.float32
-        )
+        model = Qwen3ForCausalLM._from_config(config, dtype=dtype)
+    lora = LoraSettings(rank=16) if task["lora"] else None
+    if lora is not None:
+        add_adapters(model, lora)
     if task["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     if task["compile"]:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    return (PlainHeadPolicy if task["head"] == "plain" else Policy)(model.train())
+    policy = Policy(model.train(), lora, "liger" if task["head"] == "liger" else "torch")
+    model.set_attn_implementation(task["attention"])
+    return policy
 
 
 def make_experience(vocab_size: int, count: int, length: int) -> Experience:
@@ -205,9 +225,12 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     torch.manual_seed(0)
     memory = PeakMemory(device)
     policy = build_policy(task, device)
+    if task["head"] == "plain":
+        spo_lightning.policy.linear_logprobs = plain_policy_head
     experience = make_experience(policy.model.config.vocab_size, task["sequences"], task["length"])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
-    micro = MicroBatching(task["micro_batch_tokens"], 0, 1.0, device=torch.device(device))
+    optimizer = resolve_name(task["optimizer"])([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
+    packed = tells_packed_sequences_apart(task["attention"])
+    micro = MicroBatching(task["micro_batch_tokens"], 0, 1.0, packed, torch.device(device))
     ranks, loss = Ranks(), PPOClipLoss()
     autocast = torch.autocast(device, torch.bfloat16, enabled=task["precision"] == "bf16-mixed")
 
@@ -224,7 +247,7 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     return {
         "GiB": memory.gib(),
         "tokens/s": sum(map(len, experience.sequences)) / seconds,
-        "TFLOP/s": 4 * forward_flops(policy.model, experience) / seconds / 1e12,
+        "TFLOP/s": (3 if task["lora"] else 4) * forward_flops(policy.model, experience) / seconds / 1e12,
     }
 
 
@@ -280,11 +303,22 @@ def print_head_rows(tokens: int, vocab: int, found: Mapping[str, list[Measuremen
         print(line, flush=True)
 
 
+def why_not(label: str, device: str) -> str | None:
+    """What an option of the table lacks here."""
+    if label in NEEDS_CUDA and device != "cuda":
+        return "needs CUDA"
+    package = PACKAGES.get(label)
+    return None if package is None or find_spec(package) else f"needs {package}"
+
+
 def print_updates(arguments: argparse.Namespace) -> None:
     """The table of whole updates."""
     print(f"{'shape':<7}{'':<26}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>8}")
     for shape in arguments.shape or (["0.6B", "1.7B", "4B", "8B"] if arguments.device == "cuda" else ["tiny"]):
         for label, change in CHANGES.items():
+            if reason := why_not(label, arguments.device):
+                print(f"{shape:<7}{label:<26}{reason}", flush=True)
+                continue
             sizes = {
                 name: getattr(arguments, name) for name in ("sequences", "length", "micro_batch_tokens", "repeats")
             }

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from spo_lightning.algorithms.linear_logprobs import ACCELERATOR_CHUNK_ELEMENTS, linear_logprobs
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.memory_plan import EngineMemory, MicroBatchMemory, ModelSize, OptimizerMemory
-from spo_lightning.policy import decoder_layers
+from spo_lightning.policy import checkpoint_activations, decoder_layers
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.unpadded import UNPADDED, run, use_unpadded
 
@@ -115,7 +115,7 @@ class FakePolicy:
         with self._mode:
             _replace_tensors(self.model)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self.model)
 
     def size(self) -> ModelSize:
         """Count the parameters."""

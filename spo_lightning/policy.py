@@ -159,7 +159,7 @@ def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Po
     if config.lora is not None:
         add_adapters(model, config.lora, seed)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     if config.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
@@ -172,6 +172,13 @@ def _generation_config(config: PolicyConfig) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(config.path, revision=config.revision)
     except OSError:  # there is none
         return None
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have each decoder layer of a Transformers model compute its activations again in the backward pass."""
+    # Transformers 5.24 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -29,6 +29,7 @@ from spo_lightning.memory_plan import (
     verdict,
 )
 from spo_lightning.memory_trace import FakePolicy, LiveBytes, measure_optimizer
+from spo_lightning.policy import checkpoint_activations
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.unpadded import hidden_states, use_unpadded
@@ -283,7 +284,7 @@ def really_allocated(config, dtype, checkpointing, autocast, rows, width, padded
     """What the allocator reports for activations, and at most in all, over a real forward and backward pass."""
     model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     use_unpadded(model)
