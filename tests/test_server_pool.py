@@ -244,6 +244,18 @@ async def test_tokens_of_weights_that_another_rank_pushed_are_dropped(probe: flo
 
 
 @on_a_loop
+async def test_requests_find_weights_that_another_rank_has_pushed_in_between() -> None:
+    server = FakeServer(weights=7, name="run/1/7")
+    async with pool_of(server, probe=60.0) as pool:
+        await pool.want(Target(8, None, None, 2), 5.0)
+        await until(lambda: "not version 8" in pool.causes())
+        server.weights, server.name = 8, "run/2/8"
+        ask(pool, [0], tokens=4)
+        (completion,) = await drain(pool)
+        assert sampled(completion) == [(8, 8)]
+
+
+@on_a_loop
 async def test_a_line_may_be_as_long_as_a_completion() -> None:
     async with pool_of(FakeServer(tokens_per_chunk=20_000)) as pool:  # 3 MB
         ask(pool, [0], tokens=40_000)

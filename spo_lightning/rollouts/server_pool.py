@@ -77,6 +77,9 @@ class ServerPool:
             self._submitted += 1
             self._open[row.request.request_id] = job
             heapq.heappush(self._waiting, (job.rank, job))
+        for server in self._servers:
+            if server.answers and server.held is None:
+                server.nudge.set()  # rank 0 may have given it the weights since it was looked at
         self._note_work()
         self._dispatch()
 
