@@ -1,8 +1,8 @@
 """Runs of ``test_ranks.py`` in several processes: python tests/rank_runs.py FOLDER.
 
 In two processes every strategy trains from the same start, then goes on from a checkpoint in the middle; three go on
-from those checkpoints. Each rank writes what came of it. The ranks are forked from a process that has imported
-everything, which takes longer than most of their runs, and find each other by torchrun's variables.
+from those checkpoints; four shard in halves. Each rank writes what came of it. The ranks are forked from a process that
+has imported everything, which takes longer than most of their runs, and find each other by torchrun's variables.
 Also what starts two processes of another script, and compares what came of runs.
 """
 
@@ -68,8 +68,9 @@ VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     "sgd-ddp": ("tied", "alone-sgd", DDPStrategy, {}),
     "sgd-fsdp": ("tied", "alone-sgd", STRATEGIES["fsdp"], {}),
     "sgd-fsdp2": ("tied", "alone-sgd", FSDP2Strategy, {}),
-    "hybrid-fsdp2": ("tied", "alone-sgd", lambda: FSDP2Strategy(replicas=2), {}),
-    "offload-fsdp2": ("tied", "alone-sgd", lambda: FSDP2Strategy(cpu_offload=True), {}),
+    "hybrid-fsdp2": ("tied", "alone-sgd", partial(FSDP2Strategy, replicas=2), {}),
+    "hybrid-lora-fsdp2": ("tied", "alone-lora", partial(FSDP2Strategy, replicas=2), LORA),
+    "offload-fsdp2": ("tied", "alone-sgd", partial(FSDP2Strategy, cpu_offload=True), {}),
     "untied-fsdp": ("untied", "alone-untied", STRATEGIES["fsdp"], {}),
     "untied-fsdp2": ("untied", "alone-untied", FSDP2Strategy, {}),
     "lora-ddp": ("tied", "alone-lora", DDPStrategy, LORA),
@@ -78,6 +79,7 @@ VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     # adapters so few that a rank's part of a layer holds none, and a gradient that is clipped
     "sparse-fsdp": ("tied", "alone-sparse", STRATEGIES["fsdp"], SPARSE),
 }
+IN_FOUR = ("hybrid-fsdp2", "hybrid-lora-fsdp2")  # variants for four processes instead of two
 
 
 class Trajectory(Recorder):
@@ -236,24 +238,31 @@ def tool_settings() -> dict[str, Any]:
     return {"tool_use": use, "sampling": SamplingParams(max_tokens=16), "micro_batch_tokens": 48, **SGD}
 
 
-def train_on_two_processes(script: Path, path: Path) -> None:
-    """Run a script on the folder ``path`` as two ranks, to their end; what they print goes to ``log0`` and ``log1``."""
+def rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank about itself, on one node."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
+        return probe.getsockname()[1]
+
+
+def train_on_two_processes(script: Path, path: Path) -> None:
+    """Run a script on the folder ``path`` as two ranks, to their end; what they print goes to ``log0`` and ``log1``."""
+    port, ranks = free_port(), []
     for rank in range(2):
-        variables = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-        }
+        variables = rank_variables(rank, 2, port) | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(script), str(path)]
         with (path / f"log{rank}").open("w") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log))
@@ -306,8 +315,13 @@ def run_in_two(folder: Path) -> None:
         resumed = run(folder, f"{name}-resumed", build(), 2, in_the_middle(folder, name), **carry)
         save(folder, name, whole=whole, resumed=resumed)
     save(folder, "tools-ddp", whole=run(folder, "tools-ddp", DDPStrategy(), 2, **tool_settings()))
-    for name, (inputs, _, build, policy) in VARIANTS.items():
-        save(folder, name, whole=run(folder / inputs, name, build(), 2, policy=policy, **settings_of(policy)))
+    run_variants(folder, 2, VARIANTS.keys() - IN_FOUR)
+
+
+def run_variants(folder: Path, count: int, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        inputs, _, build, policy = VARIANTS[name]
+        save(folder, name, whole=run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy)))
 
 
 def run_in_three(folder: Path) -> None:
@@ -316,28 +330,25 @@ def run_in_three(folder: Path) -> None:
         save(folder, name, whole=run(folder, name, strategy, 3, in_the_middle(folder, writer)))
 
 
+def run_in_four(folder: Path) -> None:
+    run_variants(folder, 4, IN_FOUR)
+    whole = run(folder, "from-two-in-four", FSDP2Strategy(replicas=2), 4, in_the_middle(folder, "fsdp2"))
+    save(folder, "from-two-in-four", whole=whole)
+
+
+RUNS = {2: run_in_two, 3: run_in_three, 4: run_in_four}
+
+
 def become_rank(rank: int, count: int, port: int, folder: Path) -> None:
     """Of ``count`` ranks."""
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "test",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-    }
-    {2: run_in_two, 3: run_in_three}[count](folder)
+    os.environ |= rank_variables(rank, count, port)
+    RUNS[count](folder)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for count in (2, 3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start_processes(become_rank, (count, port, Path(sys.argv[1])), count, start_method="fork")
+    for count in RUNS:
+        start_processes(become_rank, (count, free_port(), Path(sys.argv[1])), count, start_method="fork")
 
 
 if __name__ == "__main__":

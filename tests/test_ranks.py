@@ -1,4 +1,4 @@
-"""Two or three real processes compute what one computes: DDP, FSDP and FSDP2, on batches that do not divide by them.
+"""Two to four real processes compute what one computes: DDP, FSDP and FSDP2, on batches that do not divide by them.
 
 The processes train once for the whole file (``rank_runs.py``); the tests compare what they wrote.
 """
@@ -158,6 +158,11 @@ def test_a_checkpoint_of_two_processes_or_of_one_goes_on_in_three(folder, alone,
     assert len({path.name for path in folder.glob(f"{name}-rank?.pt")}) == 3
     for rank in range(3):
         assert_same(load(folder, name, rank)["whole"], alone, SAVED_AT)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_two_halves_of_four(folder, alone):
+    for rank in range(4):
+        assert_same(load(folder, "from-two-in-four", rank)["whole"], alone, SAVED_AT)
 
 
 def test_one_rank_that_is_told_to_end_stops_both_with_a_sharded_checkpoint_that_resumes_exactly(folder):
