@@ -17,8 +17,9 @@ from launched_runs import PATIENCE, LaunchedRun
 FOREVER = "--data.num_iterations=100000"
 
 
-def test_rank_one_is_killed(tmp_path):
-    with LaunchedRun(tmp_path, FOREVER) as run:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rank_one_is_killed(tmp_path, strategy):
+    with LaunchedRun(tmp_path, FOREVER, strategy=strategy) as run:
         run.wait_for_iterations(1)
         victim = run.rank_one
         os.kill(victim, signal.SIGKILL)
