@@ -6,7 +6,6 @@ import difflib
 import fcntl
 import logging
 import os
-import pickle
 import re
 import signal
 import sys
@@ -197,8 +196,6 @@ class SPOCLI(LightningCLI):
             if self.trainer.received_sigterm:  # which all ranks agreed on
                 _end_together(self.trainer)
             raise
-        except pickle.UnpicklingError:
-            _fail(f"--ckpt_path {self._get(self.config_init, 'ckpt_path')} is no checkpoint that spo fit wrote")
 
     def before_fit(self) -> None:
         """Refuse what cannot work before anything starts; find the checkpoint to resume from."""

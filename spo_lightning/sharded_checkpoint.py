@@ -1,7 +1,10 @@
-"""Sharded checkpoints read as if one process had written them."""
+"""Checkpoints looked at before they are loaded, and sharded ones read as if one process had written them."""
 
 from __future__ import annotations
 
+import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,33 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from spo_lightning.errors import ConfigError
+
 METADATA = "meta.pt"
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse what ``spo fit`` did not write or cannot load; no tensor is read.
+
+    Raises:
+        ConfigError: the file is another program's, cut off, or holds objects beside tensors and plain values.
+    """
+    file = path / METADATA if path.is_dir() else path
+    found: Any = None
+    if file.is_file() and zipfile.is_zipfile(file):
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # another kind of archive
+            pass
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+            raise ConfigError(
+                f"the checkpoint {path} holds an object ({named[1] if named else error}), and to load one may run any "
+                "code. Have the callback that saved it keep tensors and plain values; if you trust the file, call "
+                "torch.serialization.add_safe_globals in a module that the configuration names"
+            ) from error
+    if not isinstance(found, dict) or "spo" not in found:
+        raise ConfigError(f"{path} is no checkpoint that spo fit wrote, or is cut off; take another one")
 
 
 def is_sharded(path: Path) -> bool:

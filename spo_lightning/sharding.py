@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import merge_adapters
 from spo_lightning.policy import Policy, decoder_layers
-from spo_lightning.sharded_checkpoint import is_sharded, written_by_fsdp2
+from spo_lightning.sharded_checkpoint import is_sharded, require_checkpoint, written_by_fsdp2
 from spo_lightning.strategies import FSDP2Strategy
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -37,11 +37,12 @@ def is_sharding(strategy: Strategy) -> bool:
 
 
 def check_checkpoint(path: Path, strategy: Strategy) -> None:
-    """Refuse a sharded checkpoint that the other way of sharding wrote, before it fails to load.
+    """Refuse a checkpoint that would fail to load; see also ``require_checkpoint``.
 
     Raises:
         ConfigError: FSDP is to read what FSDP2 wrote, or the other way round.
     """
+    require_checkpoint(path)
     if not is_sharded(path) or not is_sharding(strategy):
         return
     writer, reader = (

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource
 from spo_lightning.errors import ConfigError
+from spo_lightning.sharded_checkpoint import require_checkpoint
 
 from runs import Recorder, make_run, write_inputs
 
@@ -37,6 +39,39 @@ def test_a_kill_while_writing_leaves_a_whole_checkpoint(tmp_path):
         os.waitpid(child, 0)
         loaded = torch.load(path, weights_only=True)
         assert torch.equal(loaded["weights"], torch.full((200_000,), float(loaded["number"])))
+
+
+class Thing:
+    """What a user's callback might keep."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no checkpoint that spo fit wrote, or is cut off"),
+        (b"hello", "is no checkpoint that spo fit wrote, or is cut off"),
+        ("zip", "is no checkpoint that spo fit wrote, or is cut off"),
+        ("cut", "is no checkpoint that spo fit wrote, or is cut off"),
+        ("folder", "is no checkpoint that spo fit wrote, or is cut off"),
+        ({"state_dict": {}}, "is no checkpoint that spo fit wrote, or is cut off"),
+        ({"spo": Thing()}, r"holds an object \(test_checkpoint.Thing\), and to load one may run any code. Have the"),
+    ],
+)
+def test_files_that_cannot_be_loaded_are_refused_with_the_cause(tmp_path, content, message):
+    path = tmp_path / "a.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "hello")
+    else:
+        torch.save({"spo": torch.zeros(1000)} if content == "cut" else content, path)
+        if content == "cut":
+            os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ConfigError, match=f"{path}.*{message}"):
+        require_checkpoint(path)
 
 
 def names(folder) -> list[str]:
