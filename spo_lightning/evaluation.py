@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from spo_lightning.distributed import Ranks
 from spo_lightning.generation_files import BenchmarkRow, GenerationSettings, GenerationWriter
 from spo_lightning.intervals import AVERAGE, Estimate
-from spo_lightning.metrics import CompletionsMetric, cluster_answer_groups, evaluation_metrics
+from spo_lightning.metrics import CompletionsMetric, cluster_answers, evaluation_metrics
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.tool_results import num_results
@@ -133,7 +133,7 @@ def benchmark_rows(rollouts: Sequence[Rollout], reward: Reward) -> list[Benchmar
         reward: decides which answers are equal.
     """
     groups = [list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.prompt.index)]
-    classes = cluster_answer_groups([[r.grade.answer for r in group] for group in groups], reward.equivalent)
+    classes = cluster_answers([[r.grade.answer for r in group] for group in groups], reward.equivalent)
     return [
         BenchmarkRow(
             problem=r.prompt.index,

@@ -177,16 +177,10 @@ def evaluation_metrics(num_samples: int, pass_at: Sequence[int] = (1,)) -> Metri
     return MetricCollection(metrics)  # type: ignore[arg-type]  # its dict type is invariant
 
 
-def cluster_answers(answers: Sequence[str | None], equivalent: EquivalentPairs) -> list[int]:
-    """Give equal answers of one problem the same class number, counted from 0 by first appearance; -1 for ``None``.
+def cluster_answers(groups: Sequence[Sequence[str | None]], equivalent: EquivalentPairs) -> list[list[int]]:
+    """Class numbers of the answers of several problems, each problem by itself.
 
-    See :func:`cluster_answer_groups`, which serves many problems with one call of ``equivalent``.
-    """
-    return cluster_answer_groups([answers], equivalent)[0]
-
-
-def cluster_answer_groups(groups: Sequence[Sequence[str | None]], equivalent: EquivalentPairs) -> list[list[int]]:
-    """Classes of the answers of several problems, each problem by itself.
+    Numbers count from 0 by first appearance; no answer is -1.
 
     Equal texts are one answer without a question; the pairs of distinct texts of all problems go to ``equivalent`` in a
     single call. A text joins the first class whose first member it equals, so that an equality that is not transitive

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from spo_lightning.benchmark_table import render_table
 from spo_lightning.evaluation import BenchmarkEvaluator, BenchmarkResult
 from spo_lightning.generation_files import BenchmarkRow, GenerationSettings, read_generations
-from spo_lightning.metrics import cluster_answer_groups
+from spo_lightning.metrics import cluster_answers
 from spo_lightning.protocols import Reward
 from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
 
@@ -61,7 +61,7 @@ def regraded(rows: Sequence[BenchmarkRow], num_samples: int, reward: Reward) -> 
     )
     starts = range(0, len(rows), num_samples)
     answers = [[grade.answer for grade in grades[start : start + num_samples]] for start in starts]
-    classes = [number for group in cluster_answer_groups(answers, reward.equivalent) for number in group]
+    classes = [number for group in cluster_answers(answers, reward.equivalent) for number in group]
     return [
         replace(row, reward=grade.value, answer=grade.answer, cause=grade.cause, answer_class=number)
         for row, grade, number in zip(rows, grades, classes, strict=True)

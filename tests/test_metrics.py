@@ -25,7 +25,6 @@ from spo_lightning.metrics import (
     CompletionsMetric,
     MajorityAtK,
     PassAtK,
-    cluster_answer_groups,
     cluster_answers,
     evaluation_metrics,
 )
@@ -259,21 +258,20 @@ class Equality:
 def test_cluster_answers() -> None:
     equivalent = Equality()
     answers = ["1/2", None, "0.5", "2", " 1/2 ", "4/2", "3", None]
-    assert cluster_answers(answers, equivalent) == [0, -1, 0, 1, 0, 1, 2, -1]
+    assert cluster_answers([answers], equivalent) == [[0, -1, 0, 1, 0, 1, 2, -1]]
     assert len(equivalent.calls) == 1 and len(equivalent.calls[0]) == comb(5, 2)
 
 
 def test_cluster_asks_nothing_about_equal_texts() -> None:
     equivalent = Equality()
-    assert cluster_answers(["7", "7", None, " 7"], equivalent) == [0, 0, -1, 0]
-    assert cluster_answers([], equivalent) == [] and cluster_answers([None], equivalent) == [-1]
+    assert cluster_answers([["7", "7", None, " 7"], [], [None]], equivalent) == [[0, 0, -1, 0], [], [-1]]
     assert equivalent.calls == []
 
 
 def test_cluster_groups_share_one_call_and_stay_apart() -> None:
     equivalent = Equality()
     groups = [["1", "2"], ["2", "1", "2/2"], [], ["1", "2"]]
-    assert cluster_answer_groups(groups, equivalent) == [[0, 1], [0, 1, 1], [], [0, 1]]
+    assert cluster_answers(groups, equivalent) == [[0, 1], [0, 1, 1], [], [0, 1]]
     (pairs,) = equivalent.calls
     assert len(pairs) == len(set(pairs)) == 4  # (1, 2) of two groups is asked once
 
@@ -284,5 +282,4 @@ def test_cluster_joins_the_first_class_whose_first_member_is_equal() -> None:
     def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
         return ["50%" in pair for pair in pairs]
 
-    assert cluster_answers(["50", "0.5", "50%"], equivalent) == [0, 1, 0]
-    assert cluster_answers(["50%", "50", "0.5"], equivalent) == [0, 0, 0]
+    assert cluster_answers([["50", "0.5", "50%"], ["50%", "50", "0.5"]], equivalent) == [[0, 1, 0], [0, 0, 0]]
