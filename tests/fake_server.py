@@ -37,6 +37,7 @@ class FakeServer:
         open_update: whether an update has begun that has not ended.
         transfer, device: name of its weight-transfer back end, and of its device.
         status: answered to generation requests.
+        token_ids: whether each log-probability comes with its token.
         bad_prompt: first token of prompts that get tokens without a finite log-probability.
         token_seconds, tokens_per_chunk: pace of a stream.
         prompts: first tokens of the requests that came, in order; ``running`` is the number of those under way.
@@ -55,7 +56,7 @@ class FakeServer:
         self.resets, self.open_update = True, False
         self._members: list[WeightGroup] = []
         self._problem = {"problem": "", "lost": False}
-        self.status, self.bad_prompt = 200, -1
+        self.status, self.bad_prompt, self.token_ids = 200, -1, True
         self.token_seconds, self.tokens_per_chunk = 0.005, 1
         self.prompts: list[int] = []
         self.running = 0
@@ -191,10 +192,10 @@ class FakeServer:
                 spans[-1]["end"] = sent
             else:
                 spans.append({"version": self.name, "end": sent})
-            logprob = -9999.0 if bad else LOGPROB
+            entry = {"logprob": -9999.0 if bad else LOGPROB, "text": "x" * 100}
             choice = {
                 "token_ids": tokens,
-                "logprobs": {"content": [{"token_id": t, "logprob": logprob, "text": "x" * 100} for t in tokens]},
+                "logprobs": {"content": [entry | ({"token_id": t} if self.token_ids else {}) for t in tokens]},
                 "finish_reason": "length" if sent == count else None,
                 "weight_versions": spans if sent == count else None,
             }

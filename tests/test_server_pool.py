@@ -346,6 +346,20 @@ async def test_no_token_for_too_long_is_an_error_that_keeps_what_there_is() -> N
         assert len(pool.partials()[0].token_ids) == 1
 
 
+def test_a_server_of_an_older_vllm_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path / "policy")
+    thread, server = LoopThread("fake"), FakeServer(token_ids=False)
+    thread.run(server.start())
+    engine = VLLMServerEngine([server.url])
+    try:
+        with pytest.raises(ValueError, match=r"is not fit for this run: its vLLM does not say .*start it with 0.32 or"):
+            engine.start(EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,)))
+    finally:
+        engine.close()
+        thread.run(server.stop())
+        thread.stop()
+
+
 def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp_path: Path, monkeypatch) -> None:
     model = make_model(tmp_path / "policy", tied=True)
     monkeypatch.setenv("SPO_VLLM_API_KEY", "secret")

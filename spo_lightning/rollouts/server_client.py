@@ -255,6 +255,8 @@ def _chunk(event: dict[str, Any]) -> Chunk:
     choice = event["choices"][0]
     token_ids = choice["token_ids"] or []
     entries = choice["logprobs"]["content"]
+    if any("token_id" not in entry for entry in entries):
+        raise ServerRefused("its vLLM does not say which token a log-probability is of: start it with 0.32 or later")
     logprobs = [entry["logprob"] for entry in entries]
     if [entry["token_id"] for entry in entries] != token_ids or any(value <= LOGPROB_FLOOR for value in logprobs):
         raise ServerUnavailable(f"sent no finite log-probability for each sampled token: {token_ids}, {logprobs}")
