@@ -7,8 +7,8 @@ pass; what TRL does without fused kernels. Forward and backward pass, values and
 ``python scripts/bench_learner.py --device cuda --update`` measures an update of a policy with random weights: score,
 forward and backward pass over the micro-batches, and a step of AdamW, through the project's own learner. Each row of a
 shape changes one thing about its first row. Model FLOPs count each product of the model once a pass (one pass to score,
-three to learn, two with LoRA, which needs no gradient of the weights), causal attention by half, and nothing that is
-computed again.
+three to learn, two with LoRA where the product is with a weight, whose gradient it does not need), causal attention by
+half, and nothing that is computed again.
 
 Every measurement is a process of its own, those of two methods in turn. Memory is what the peak adds to what was there
 before the call: on CUDA by the allocator, on Linux by the kernel's peak of resident memory, which is reset before.
@@ -207,17 +207,14 @@ def make_experience(vocab_size: int, count: int, length: int) -> Experience:
     return Experience(tuple(sequences), None, sampling_logprobs, advantages)
 
 
-def forward_flops(model: Any, experience: Experience) -> float:
-    """Model FLOPs of one forward pass over all sequences, with the head on the sampled tokens."""
+def update_flops(model: Any, experience: Experience, lora: bool) -> float:
+    """Model FLOPs of scoring and learning from all sequences, with the head on the sampled tokens."""
     config = model.config
     parameters = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters() if p.ndim == 2)
     lengths = [len(sequence) for sequence in experience.sequences]
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return (
-        2 * parameters * sum(lengths)
-        + attention * sum(length**2 for length in lengths)
-        + 2 * config.hidden_size * config.vocab_size * experience.num_tokens
-    )
+    weighted = 2 * parameters * sum(lengths) + 2 * config.hidden_size * config.vocab_size * experience.num_tokens
+    return (3 if lora else 4) * weighted + 4 * attention * sum(length**2 for length in lengths)
 
 
 def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
@@ -247,7 +244,7 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     return {
         "GiB": memory.gib(),
         "tokens/s": sum(map(len, experience.sequences)) / seconds,
-        "TFLOP/s": (3 if task["lora"] else 4) * forward_flops(policy.model, experience) / seconds / 1e12,
+        "TFLOP/s": update_flops(policy.model, experience, task["lora"]) / seconds / 1e12,
     }
 
 

@@ -39,7 +39,7 @@ def layout_of(trainer: Namespace) -> tuple[Layout, bool]:
     if strategy is FSDPStrategy:
         return _fsdp(name, options, devices, per_node)
     if strategy is DDPStrategy:
-        return Layout(name, devices, gradient_buckets=not options.get("gradient_as_bucket_view")), False
+        return Layout(name, devices, gradient_buckets=True), False
     if strategy is SingleDeviceStrategy:
         return Layout(name), False
     known = ", ".join(cls.__name__ for cls in _KNOWN)
@@ -84,6 +84,8 @@ def _fsdp(name: str, options: dict[str, Any], devices: int, per_node: int) -> tu
     unknown = [key for key in ("mixed_precision", "device_mesh") if options.get(key) is not None]
     if unknown:
         raise ConfigError(f"strategy.{unknown[0]} is set, which the planner does not know; use trainer.precision")
+    if options.get("cpu_offload"):
+        raise ConfigError("strategy.cpu_offload is set, which FSDPStrategy cannot train with; take fsdp2.yaml")
     over_all, keeps_gathered = _FSDP_MODES[mode]
     layout = Layout(
         f"{name} {mode}",
@@ -91,7 +93,6 @@ def _fsdp(name: str, options: dict[str, Any], devices: int, per_node: int) -> tu
         sharded=True,
         shards=devices if over_all else per_node,
         keeps_gathered=keeps_gathered,
-        offloaded=bool(options.get("cpu_offload")),
     )
     return layout, any(options.get(key) for key in ("activation_checkpointing", "activation_checkpointing_policy"))
 

@@ -211,6 +211,11 @@ class SPOModule(LightningModule):
             policy = load_policy(self.policy_config, reads, self.seed)
         self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes; Lightning's own goes by calls of ``to``, which sharding strategies do without."""
+        return super().device if self._trainer is None else self.trainer.strategy.root_device
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
         optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)

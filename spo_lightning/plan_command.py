@@ -118,9 +118,6 @@ def _changes(settings: Settings, planned: Plan, gpu_bytes: float) -> dict[str, S
     if settings.micro_batch_tokens > settings.longest:
         text = f"model.micro_batch_tokens: {settings.longest}"
         changes[text] = replace(settings, micro_batch_tokens=settings.longest)
-    if not layout.sharded and layout.devices == 1:
-        alone = Layout("FSDP2", 1, sharded=True, shards=1, offloaded=True)
-        changes["configs/strategy/fsdp2.yaml with cpu_offload: true"] = replace(settings, layout=alone)
     if not layout.sharded and layout.devices > 1:
         sharded = Layout("FSDP", layout.devices, sharded=True, shards=layout.devices)
         changes[f"shard over the {layout.devices} devices: configs/strategy/fsdp.yaml"] = replace(
@@ -132,9 +129,10 @@ def _changes(settings: Settings, planned: Plan, gpu_bytes: float) -> dict[str, S
     if layout.sharded:
         more = replace(layout, devices=2 * layout.devices, shards=2 * layout.shards)
         changes[f"shard over twice as many devices, {more.shards}"] = replace(settings, layout=more)
-    if layout.sharded and not layout.offloaded:
-        offloaded = replace(layout, offloaded=True)
-        changes["trainer.strategy cpu_offload: true"] = replace(settings, layout=offloaded)
+    if (layout.sharded or layout.devices == 1) and not layout.offloaded:
+        shards = layout.shards if layout.sharded else 1
+        offloaded = Layout("FSDP2", layout.devices, sharded=True, shards=shards, offloaded=True)
+        changes["configs/strategy/fsdp2.yaml with cpu_offload: true"] = replace(settings, layout=offloaded)
     return changes | {
         f"model.engine {text}": replace(settings, engine_load=load)
         for text, load in _engine_changes(settings, planned, gpu_bytes)

@@ -177,7 +177,7 @@ def _generation_config(config: PolicyConfig) -> GenerationConfig | None:
 def checkpoint_activations(model: Any) -> None:
     """Have each decoder layer of a Transformers model compute its activations again in the backward pass."""
     # Transformers 5.24 renamed it.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

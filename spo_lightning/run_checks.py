@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from spo_lightning.data.prompt_dataset import PromptDataset
@@ -40,6 +41,12 @@ def check_trainer(module: SPOModule) -> None:
         raise ConfigError(
             f"model.policy.head is liger, which needs a CUDA device (this is {module.device}) and pip install -e "
             ".[liger]; set it to torch"
+        )
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy) and strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
+        raise ConfigError(
+            "trainer.strategy is FSDPStrategy with cpu_offload, which keeps the gradient of the last micro-batch only; "
+            "take configs/strategy/fsdp2.yaml with cpu_offload: true"
         )
     if module.trainer.max_steps != -1:
         raise ConfigError(

@@ -19,27 +19,35 @@ METADATA = "meta.pt"
 
 
 def require_checkpoint(path: Path) -> None:
-    """Refuse what ``spo fit`` did not write or cannot load; no tensor is read.
+    """Refuse what ``spo fit`` did not write, or what torch will not load; the tensors themselves are not read.
 
     Raises:
-        ConfigError: the file is another program's, cut off, or holds objects beside tensors and plain values.
+        ConfigError: the file cannot be read, is another program's, cut off, or holds objects beside tensors and plain
+            values.
     """
-    file = path / METADATA if path.is_dir() else path
+    sharded = path.is_dir()
+    file = path / METADATA if sharded else path
     found: Any = None
-    if file.is_file() and zipfile.is_zipfile(file):
+    detail = ""
+    if not sharded or (is_sharded(path) and (path / ".metadata").is_file()):
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # another kind of archive
-            pass
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-            raise ConfigError(
-                f"the checkpoint {path} holds an object ({named[1] if named else error}), and to load one may run any "
-                "code. Have the callback that saved it keep tensors and plain values; if you trust the file, call "
-                "torch.serialization.add_safe_globals in a module that the configuration names"
-            ) from error
+            with file.open("rb") as opened:
+                whole = zipfile.is_zipfile(opened)
+            found = torch.load(file, map_location="cpu", mmap=True) if whole else None
+        except OSError as error:
+            raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            reason = error.__context__ or error  # torch's own lies below its advice to load without looking
+            named = re.search(r"GLOBAL (\S+) was not an allowed", str(reason))
+            if named:
+                raise ConfigError(
+                    f"the checkpoint {path} holds an object ({named[1]}), and to load one may run any code. Have the "
+                    "callback that saved it keep tensors and plain values; if you trust the file, call "
+                    "torch.serialization.add_safe_globals in a module that the configuration names"
+                ) from error
+            detail = f" ({type(reason).__name__}: {reason})"
     if not isinstance(found, dict) or "spo" not in found:
-        raise ConfigError(f"{path} is no checkpoint that spo fit wrote, or is cut off; take another one")
+        raise ConfigError(f"{path} is no checkpoint that spo fit wrote, or is cut off{detail}; take another one")
 
 
 def is_sharded(path: Path) -> bool:

@@ -73,7 +73,7 @@ def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:
     if not is_sharding(strategy):
         return policy
     weights = policy.state_dict() if strategy.is_global_zero else {}
-    buffers = dict(policy.named_buffers()) if strategy.is_global_zero else {}
+    buffers = dict(policy.named_buffers(remove_duplicate=False)) if strategy.is_global_zero else {}
     _empty(policy, torch.device("meta"))
     if isinstance(strategy, FSDPStrategy):
         sharded = _shard_fsdp1(policy, strategy)
@@ -82,10 +82,12 @@ def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:
         sharded = _shard_fsdp2(policy, cast(FSDP2Strategy, strategy))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(sharded, weights, options=options)
-    for name, buffer in policy.named_buffers():
-        value = buffers.get(_plain(name), buffer).to(strategy.root_device, copy=True)
-        dist.broadcast(value, 0)
-        buffer.copy_(value)
+    for prefix, module in policy.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            full_name = _plain(f"{prefix}.{name}" if prefix else name)
+            value = buffers.get(full_name, buffer).to(strategy.root_device, copy=True)
+            dist.broadcast(value, 0)
+            setattr(module, name, value)  # in place of one on the host, where that is what parameters are offloaded to
     return sharded
 
 
@@ -214,8 +216,14 @@ def gradient_norm(policy: nn.Module) -> float:
     """L2 norm of the whole gradient; collective when sharded."""
     if isinstance(policy, FullyShardedDataParallel):
         return policy.clip_grad_norm_(torch.finfo(torch.float32).max).item()  # by infinity it would make all of it NaN
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-    return (_whole(norm) if isinstance(norm, DTensor) else norm).item()
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    if not gradients or not isinstance(gradients[0], DTensor):
+        return torch.nn.utils.get_total_norm(gradients).item()
+    # Each rank's own parts first: offloaded ones are on the host, where NCCL cannot add up.
+    norms = [cast(DTensor, norm) for norm in torch._foreach_norm(gradients)]
+    mesh = norms[0].device_mesh
+    parts = torch.stack([norm.to_local() for norm in norms]).to(mesh.device_type)
+    return DTensor.from_local(parts.norm(), mesh, norms[0].placements).full_tensor().item()
 
 
 def clip_gradient(policy: nn.Module, max_norm: float, norm: float) -> None:

@@ -179,6 +179,7 @@ def run(
         engine=engine,
         **{"micro_batch_tokens": 26, **module_settings},
     )
+    module._device = torch.device("meta")  # stays so under strategies that never move the module
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
     except SIGTERMException:

@@ -18,10 +18,18 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 NAME = "elsewhere"
 MOVES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
+# Those for which torch has an implementation of its own for all devices, which asks for memory.
+OWN = [
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+]
+INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 MATRIX_PRODUCTS = ("addmm", "baddbmm", "bmm", "linear", "matmul", "mm", "scaled_dot_product_attention")
 
 
@@ -71,8 +79,7 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on the CPU, if all of its tensors are of one device."""
     values, form = tree_flatten((args, kwargs))
     there = [value for value in values if isinstance(value, Elsewhere)]
-    here = [value for value in values if isinstance(value, Tensor) and not isinstance(value, Elsewhere)]
-    if there and func not in MOVES and any(value.dim() for value in here):
+    if there and func not in MOVES and _mixes(func, args, kwargs):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {DEVICE} and cpu")
     target = kwargs.get("device")
     on_device = bool(there) if target is None else torch.device(target).type == NAME
@@ -85,6 +92,19 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         return result
     result = tree_map_only(Tensor, Elsewhere, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if there else result
+
+
+def _mixes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation on the device has a tensor of the CPU that a GPU's would refuse.
+
+    Numbers for pointwise operations and indices are let pass, if they are not written to.
+    """
+    if func in INDEXED:
+        args = (args[0], *args[2:])
+    here = [value for value in tree_leaves((args, kwargs)) if type(value) is Tensor]
+    if any(written is value for written in (args[0], kwargs.get("out")) for value in here):
+        return func._schema.is_mutable or torch.Tag.pointwise not in func.tags or args[0].dim() > 0
+    return any(value.dim() or (torch.Tag.pointwise not in func.tags and func not in INDEXED) for value in here)
 
 
 def _on_cpu(value: Any) -> Any:
@@ -176,6 +196,7 @@ nn.Module._apply = _apply_keeping_ties
 _fallbacks, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _fallbacks.fallback(lambda func, *args, **kwargs: compute(func, args, kwargs), "PrivateUse1")
 _fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-_aten.impl("copy_", lambda *args: compute(torch.ops.aten.copy_.default, args, {}), "PrivateUse1")
+for _op in OWN:
+    _aten.impl(_op, lambda *args, _op=_op, **kwargs: compute(_op, args, kwargs), "PrivateUse1")
 for _name in MATRIX_PRODUCTS:
     _aten.impl(_name, _autocast(getattr(torch.ops.aten, _name).default), "AutocastPrivateUse1")

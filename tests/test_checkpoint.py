@@ -45,32 +45,52 @@ class Thing:
     """What a user's callback might keep."""
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is no checkpoint that spo fit wrote, or is cut off"),
-        (b"hello", "is no checkpoint that spo fit wrote, or is cut off"),
-        ("zip", "is no checkpoint that spo fit wrote, or is cut off"),
-        ("cut", "is no checkpoint that spo fit wrote, or is cut off"),
-        ("folder", "is no checkpoint that spo fit wrote, or is cut off"),
-        ({"state_dict": {}}, "is no checkpoint that spo fit wrote, or is cut off"),
-        ({"spo": Thing()}, r"holds an object \(test_checkpoint.Thing\), and to load one may run any code. Have the"),
-    ],
-)
-def test_files_that_cannot_be_loaded_are_refused_with_the_cause(tmp_path, content, message):
+def archive(path, data: bytes | None = None) -> None:
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("a/version", "3")
+        if data is not None:
+            made.writestr("a/data.pkl", data)
+
+
+def cut(path) -> None:
+    torch.save({"spo": torch.zeros(1000)}, path)
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def shards_without_index(path) -> None:
+    path.mkdir()
+    torch.save({"spo": 1}, path / "meta.pt")
+
+
+NO_CHECKPOINT = "is no checkpoint that spo fit wrote, or is cut off"
+WRONG = {
+    "empty": (lambda path: path.touch(), NO_CHECKPOINT),
+    "text": (lambda path: path.write_bytes(b"hello"), NO_CHECKPOINT),
+    "another archive": (archive, rf"{NO_CHECKPOINT} \(RuntimeError: "),
+    "no pickle": (lambda path: archive(path, b"hello"), rf"{NO_CHECKPOINT} \(KeyError: 101\)"),
+    "no end": (lambda path: archive(path, b""), rf"{NO_CHECKPOINT} \(EOFError: "),
+    "blocked": (
+        lambda path: archive(path, b"\x80\x02cposix\nsystem\n."),
+        rf"{NO_CHECKPOINT} \(UnpicklingError: Trying to load unsupported GLOBAL posix.system [^\n]*\); take another",
+    ),
+    "cut": (cut, NO_CHECKPOINT),
+    "folder": (lambda path: path.mkdir(), NO_CHECKPOINT),
+    "part of a folder": (shards_without_index, NO_CHECKPOINT),
+    "another program's": (lambda path: torch.save({"state_dict": {}}, path), NO_CHECKPOINT),
+    "a tensor": (lambda path: torch.save(torch.zeros(1), path), NO_CHECKPOINT),
+    "object": (
+        lambda path: torch.save({"spo": Thing()}, path),
+        r"holds an object \(test_checkpoint.Thing\), and to load one may run any code. Have the callback",
+    ),
+    "gone": (lambda path: None, "cannot be read: .*No such file"),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), WRONG.values(), ids=WRONG)
+def test_files_that_cannot_be_loaded_are_refused_with_the_cause(tmp_path, write, message):
     path = tmp_path / "a.ckpt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "folder":
-        path.mkdir()
-    elif content == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a.txt", "hello")
-    else:
-        torch.save({"spo": torch.zeros(1000)} if content == "cut" else content, path)
-        if content == "cut":
-            os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(ConfigError, match=f"{path}.*{message}"):
+    write(path)
+    with pytest.raises(ConfigError, match=f"{path} {message}"):
         require_checkpoint(path)
 
 

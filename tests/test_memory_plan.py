@@ -447,13 +447,9 @@ FSDP, FSDP2, DDP = "lightning.pytorch.strategies.FSDPStrategy", "spo_lightning.s
         (trainer(DDP, "0,2"), Layout("DDPStrategy", 2, gradient_buckets=True)),
         (
             trainer(strategy("lightning.pytorch.strategies.DDPStrategy", gradient_as_bucket_view=True), [0, 3, 5]),
-            Layout("DDPStrategy", 3),
+            Layout("DDPStrategy", 3, gradient_buckets=True),
         ),
         (trainer("fsdp", "4", 2), Layout("FSDPStrategy FULL_SHARD", 8, sharded=True, shards=8)),
-        (
-            trainer("fsdp_cpu_offload"),
-            Layout("FSDPStrategy FULL_SHARD", 8, sharded=True, shards=8, offloaded=True),
-        ),
         (
             trainer(strategy(FSDP, sharding_strategy="SHARD_GRAD_OP")),
             Layout("FSDPStrategy SHARD_GRAD_OP", 8, sharded=True, shards=8, keeps_gathered=True),
@@ -486,6 +482,7 @@ def test_a_strategy_may_recompute_activations_itself():
         (trainer("nonsense"), "trainer.strategy is 'nonsense'"),
         (trainer(strategy(FSDP, sharding_strategy="NO_SHARD")), "the planner knows FULL_SHARD"),
         (trainer(strategy(FSDP, mixed_precision="x")), "strategy.mixed_precision is set"),
+        (trainer("fsdp_cpu_offload"), "strategy.cpu_offload is set, which FSDPStrategy cannot train with; take fsdp2"),
         (trainer(strategy(FSDP2, replicas=3)), "strategy.replicas is 3; it must divide the number of devices, 8"),
     ],
 )
@@ -667,7 +664,7 @@ def test_remedies_are_what_a_plan_with_them_needs(spo_plan, monkeypatch):
         "model.policy.gradient_checkpointing: true",
         "model.micro_batch_tokens: 128",
         "shard over twice as many devices, 8",
-        "trainer.strategy cpu_offload: true",
+        "configs/strategy/fsdp2.yaml with cpu_offload: true",
     ]
     assert texts[4].startswith("model.engine max_batch_size: ")
     assert [changed.checkpointing for changed in changes.values()] == [True, False, False, False, False]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.run_checks import check_trainer
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
@@ -29,6 +31,7 @@ from rank_runs import (
     CARRYING,
     CLOSE,
     EXACT,
+    IN_FOUR,
     IN_THREE,
     ITERATIONS,
     PROBE,
@@ -103,7 +106,8 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
     start = AutoModelForCausalLM.from_pretrained(folder / VARIANTS[variant][0] / "start").state_dict()
     moved = max((value - start[name]).abs().max().item() for name, value in expected["weights"].items())
     assert moved > 1e-2
-    assert_same(load(folder, variant)["whole"], expected)
+    for rank in range(4 if variant in IN_FOUR else 2):
+        assert_same(load(folder, variant, rank)["whole"], expected)
 
 
 def test_completions_that_call_tools_are_the_same_on_two_processes(folder):
@@ -163,6 +167,9 @@ def test_a_checkpoint_of_two_processes_or_of_one_goes_on_in_three(folder, alone,
 def test_a_checkpoint_of_two_processes_goes_on_in_two_halves_of_four(folder, alone):
     for rank in range(4):
         assert_same(load(folder, "from-two-in-four", rank)["whole"], alone, SAVED_AT)
+    written = FileSystemReader(folder / "from-two-in-four-checkpoints" / "last.ckpt").read_metadata()
+    tensors = [d for d in written.state_dict_metadata.values() if isinstance(d, TensorStorageMetadata) and d.size]
+    assert {len(tensor.chunks) for tensor in tensors} == {2}  # one would be whole on each rank, four shared out by all
 
 
 def test_one_rank_that_is_told_to_end_stops_both_with_a_sharded_checkpoint_that_resumes_exactly(folder):
@@ -295,3 +302,12 @@ def test_what_can_be_read_is_not_refused(folder, strategy):
     last = folder / f"{strategy}-checkpoints" / "last.ckpt"
     for reader in (STRATEGIES[strategy](), DDPStrategy(), SingleDeviceStrategy()):
         check_checkpoint(last, reader)
+
+
+def test_fsdp_with_offload_is_refused_before_anything_is_loaded(tmp_path):
+    _, module, _ = make_run(tmp_path)
+    trainer = SimpleNamespace(precision="32-true", max_steps=-1, strategy=CPUFSDPStrategy(cpu_offload=True))
+    with pytest.raises(ConfigError, match="gradient of the last micro-batch only; take configs/strategy/fsdp2.yaml"):
+        check_trainer(SimpleNamespace(trainer=trainer, policy_config=module.policy_config))
+    trainer.strategy = CPUFSDPStrategy()
+    check_trainer(SimpleNamespace(trainer=trainer, policy_config=module.policy_config))

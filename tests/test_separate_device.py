@@ -60,7 +60,7 @@ def train(make, folder, write=None, **options):
 
 
 def mix():
-    """What the device says to operations that a GPU refuses, and allows."""
+    """What the device says to operations that a GPU refuses, and to some that it allows."""
     from separate_device import DEVICE
 
     there, generator = torch.arange(3.0, device=DEVICE), torch.Generator()
@@ -68,7 +68,10 @@ def mix():
     for name, operation in {
         "add": lambda: there + torch.ones(3),
         "cat": lambda: torch.cat([there, torch.ones(3)]),
-        "index": lambda: there[torch.tensor([0])],
+        "index": lambda: torch.ones(3)[there.long()],
+        "stack": lambda: torch.stack([there[0], torch.tensor(1.0)]),
+        "sum": lambda: torch.zeros(()).add_(there[0]),
+        "out": lambda: torch.add(there[0], there[1], out=torch.zeros(())),
         "generator": lambda: there.uniform_(generator=generator),
         "generator of a new tensor": lambda: torch.rand(3, device=DEVICE, generator=generator),
         "numpy": there.numpy,
@@ -77,7 +80,8 @@ def mix():
             operation()
         except (RuntimeError, TypeError) as error:
             refused[name] = str(error)
-    return refused, [(there + torch.tensor(1.0)).tolist(), there.cpu().tolist(), torch.ones(2).to(DEVICE).device.type]
+    scalar, index = there + torch.tensor(1.0), there[torch.tensor([2])]
+    return refused, [scalar.tolist(), index.tolist(), there.cpu().tolist(), torch.ones(2).to(DEVICE).device.type]
 
 
 def go_on(folder):
@@ -113,10 +117,10 @@ def without_time(metrics):
 
 def test_the_device_refuses_what_a_gpu_refuses(elsewhere):
     refused, allowed = elsewhere(mix)
-    assert all("same device" in refused.pop(name) for name in ("add", "cat", "index"))
+    assert all("same device" in refused.pop(name) for name in ("add", "cat", "index", "stack", "sum", "out"))
     assert "to numpy" in refused.pop("numpy")
     assert len(refused) == 2 and all("expected a generator of elsewhere" in reason for reason in refused.values())
-    assert allowed == [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0], "elsewhere"]
+    assert allowed == [[1.0, 2.0, 3.0], [2.0], [0.0, 1.0, 2.0], "elsewhere"]
 
 
 @pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
@@ -136,6 +140,7 @@ def test_a_run_on_the_device_learns_what_one_on_the_cpu_learns(tmp_path, elsewhe
 def test_lower_precision_runs_on_the_device(tmp_path, elsewhere, options):
     there, metrics, _ = elsewhere(train, make_run_on_the_device, tmp_path, **options)
     assert there == {"elsewhere"}
+    assert metrics[-1]["policy/grad_norm"] > 0
     assert all(1e-5 < step["sampling/push_difference"] < 0.05 for step in metrics)  # of bfloat16, and no more
 
 

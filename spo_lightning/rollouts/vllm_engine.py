@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -277,6 +278,8 @@ class VLLMEngine(RolloutEngine):
     def close(self) -> None:
         """Drop the model, the cache and all open requests. The engine can be started again."""
         if self._process is not None:
+            with suppress(RuntimeError):  # of a device without room: what vLLM gave back asleep it would free once more
+                self.wake_up()
             self._process.shut_down()
             self._process = None
         self._requests = VLLMRequests()

@@ -85,6 +85,7 @@ class VLLMProcess:
         check_ranks(context, ranks_per_engine)
         refuse_second_engine()
         device = torch.device(context.device)
+        self._device_type = device.type
         self._eager = device.type == "cpu" and bool(arguments["enforce_eager"])
         unknown = sorted(arguments.keys() - {field.name for field in fields(vllm.EngineArgs)})
         if unknown:
@@ -93,7 +94,12 @@ class VLLMProcess:
         local_rank = context.rank if device.type == "cpu" else device.index or 0
         self.llm: Any = None
         try:
-            with generators_untouched(device), launcher_variables(context.rank, local_rank), self.eager_stance():
+            with (
+                settings_kept(device),
+                launcher_variables(context.rank, local_rank),
+                torch.autocast(device.type, enabled=False),
+                self.eager_stance(),
+            ):
                 self.llm = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
         finally:
             if self.llm is None:
@@ -105,8 +111,11 @@ class VLLMProcess:
 
     @contextmanager
     def calling(self, longest: float) -> Iterator[None]:
-        """To be entered around every call of the started engine; see ``eager_stance`` and ``ended_when_hanging``."""
-        with self.eager_stance(), ended_when_hanging(longest):
+        """To be entered around every call of the started engine, which computes in its own dtype, not the trainer's.
+
+        See ``eager_stance`` and ``ended_when_hanging``.
+        """
+        with self.eager_stance(), torch.autocast(self._device_type, enabled=False), ended_when_hanging(longest):
             yield
 
     def shut_down(self) -> None:
@@ -233,10 +242,11 @@ def launcher_variables(rank: int, local_rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def generators_untouched(device: torch.device) -> Iterator[None]:
-    """Give the global random generators and ``torch.set_num_threads`` back as they were."""
+def settings_kept(device: torch.device) -> Iterator[None]:
+    """Give the process's random generators, ``torch.set_num_threads`` and what torch computes by back as they were."""
     states = random.getstate(), np.random.get_state()
-    set_num_threads = torch.set_num_threads
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         try:
             yield
@@ -244,3 +254,5 @@ def generators_untouched(device: torch.device) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
