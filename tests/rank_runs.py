@@ -91,6 +91,7 @@ class Trajectory(Recorder):
         self.carried: list[list[Any]] = []
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
+        module._device = torch.device("meta")  # Lightning's own is wrong where a strategy never moves the module
         if isinstance(module.engine, WeighingEngine):
             module.engine.policy = module.policy
 
@@ -179,7 +180,6 @@ def run(
         engine=engine,
         **{"micro_batch_tokens": 26, **module_settings},
     )
-    module._device = torch.device("meta")  # stays so under strategies that never move the module
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
     except SIGTERMException:
