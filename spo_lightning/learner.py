@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 from spo_lightning.algorithms import BatchTotals, OffPolicyCorrection, PolicyLoss
 from spo_lightning.distributed import Ranks
@@ -40,10 +41,22 @@ def score(policy: nn.Module, sequences: Sequence[TokenSequence], micro: MicroBat
         batch = micro.build([sequences[row] for row in rows])
         logprobs, _ = _logprobs(policy, batch, micro.temperature)
         mine.update(_by_row(rows, logprobs, batch.lengths))
-    if isinstance(policy, FSDPModule):
-        # A pass without gradient leaves the root unit whole, and torch then gets the embedding's next gradient wrong.
-        policy.reshard()
+    _release(policy)
     return _merge(mine, len(sequences), ranks)
+
+
+def _release(policy: nn.Module) -> None:
+    """Free what a pass without gradient leaves whole: the root unit, and with SHARD_GRAD_OP every one.
+
+    Rollouts want the memory; and with FSDP2 torch would get the embedding's next gradient wrong.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    elif isinstance(policy, FullyShardedDataParallel):
+        for unit in FullyShardedDataParallel.fsdp_modules(policy):
+            handle = unit._handle
+            if handle is not None and handle.uses_sharded_strategy:
+                _reshard(unit, handle, True)
 
 
 def accumulate_gradient(
