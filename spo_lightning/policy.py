@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
@@ -113,8 +114,13 @@ class Policy(nn.Module):
             hidden = hidden_states(model, input_ids, position_ids, attention_mask)
             predicts = predicts[attention_mask]
         else:
+            end_to_end = attention_mask is None and "flash" in self.model.config._attn_implementation
             hidden = model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **(_sequence_bounds(position_ids) if end_to_end else {}),
             ).last_hidden_state
         head = self.model.get_output_embeddings()
         return linear_logprobs(
@@ -125,6 +131,13 @@ class Policy(nn.Module):
             head.bias,
             backend=self.head,
         )
+
+
+def _sequence_bounds(position_ids: Tensor) -> dict[str, Any]:
+    """Where sequences laid end to end begin; each layer of flash attention would find out anew, and wait for it."""
+    bounds, longest = prepare_fa_kwargs_from_position_ids(position_ids)
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    return dict(zip(names, (*bounds, *map(int, longest)), strict=True))
 
 
 def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Policy:

@@ -11,10 +11,15 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from torch._dynamo.utils import counters
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.cli import SPOCLI
 from spo_lightning.errors import ConfigError
+from spo_lightning.experience import TokenSequence
+from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.policy import Policy, PolicyConfig, decoder_layers, load_policy, tells_packed_sequences_apart
 
 from runs import Recorder, make_run, write_inputs
@@ -277,6 +282,51 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(tmp_path):
     packed = policy.model.base_model(input_ids=torch.cat(sequences, 1), position_ids=positions, use_cache=False)
     alone = [policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in sequences]
     torch.testing.assert_close(packed.last_hidden_state, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
+
+
+class FlashKernel:
+    """In place of flash attention's kernels, which need CUDA: knows sequences by their bounds alone."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.dtype, list[int], int]] = []
+
+    def flash_attn_func(self, query, key, value, **settings):
+        raise AssertionError("sequences that lie end to end would see each other")
+
+    def flash_attn_varlen_func(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    ):
+        """(T, heads, D) of sequences end to end."""
+        assert causal and max_seqlen_q is max_seqlen_k and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        self.calls.append((cu_seqlens_q.dtype, cu_seqlens_q.tolist(), max_seqlen_q))
+        parts = zip(*(x.transpose(0, 1).split(cu_seqlens_q.diff().tolist(), 1) for x in (q, k, v)), strict=True)
+        attend = partial(scaled_dot_product_attention, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        return torch.cat([attend(*part) for part in parts], 1).transpose(0, 1)
+
+
+def test_flash_attention_is_told_where_sequences_begin_and_finds_it_out_in_no_layer(tmp_path, monkeypatch):
+    """Also, scores and gradients are those of sequences that are padded."""
+    kernel = FlashKernel()
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", lambda *_: kernel)
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils._is_packed_sequence", None)
+    AttentionInterface.register("flash_stand_in", flash_attention_forward)
+    make_model(tmp_path)
+    sequences = [
+        TokenSequence(torch.arange(2, 2 + length), torch.arange(length) >= prompt)
+        for length, prompt in ((5, 2), (9, 4), (3, 1))
+    ]
+    found = []
+    for attention in ("flash_stand_in", "sdpa"):
+        policy = load_policy(PolicyConfig(str(tmp_path), attn_implementation=attention, gradient_checkpointing=True))
+        policy.model.double()
+        micro = MicroBatching(1000, 0, 1.0, packed=tells_packed_sequences_apart(attention))
+        batch = micro.build(sequences)
+        logprobs, _ = policy(batch.input_ids, batch.position_ids, batch.completion_mask, 1.0, batch.attention_mask)
+        logprobs.square().sum().backward()
+        found.append((logprobs.detach(), [parameter.grad for parameter in policy.parameters()]))
+    assert kernel.calls == [(torch.int32, [0, 5, 14, 17], 9)] * 4  # 2 layers, and again in the backward pass
+    assert type(kernel.calls[0][2]) is int
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_packing_is_the_default_where_the_attention_has_kernels_for_it():
