@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 LIGHT = "sdpa_light"
 _OTHER = {"is_causal", "position_bias", "softcap", "s_aux"}  # settings that change what is computed
+_UNGROUPED = nn.Module()  # in place of a layer whose query heads share key heads
 MOST_SCORES = 2**20  # from 1 to 4 million query-key pairs on, the fused kernel is the faster
 
 
@@ -46,9 +47,7 @@ def attend(
         (N, T, heads, E), and no weights.
     """
     if dropout or not _is_light(module, query, key, attention_mask, settings):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
-        )
+        return _fused(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings)
     rows, heads, new, width = query.shape
     shared = heads // key.shape[1]  # query heads that share a key head
     scaled = query * (width**-0.5 if scaling is None else scaling)
@@ -60,6 +59,23 @@ def attend(
         scores = (scores.view(rows, -1, shared, new, new) + later).view_as(scores)
     output = (scores.softmax(-1) @ value).view(rows, heads, new, value.shape[-1])
     return output.transpose(1, 2), None
+
+
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention of Transformers' "sdpa", in float32 with a key head for each query head.
+
+    In float32 no kernel of CUDA lets query heads share a key head but the one that keeps all scores. Where there is a
+    mask Transformers copies the shared ones itself.
+    """
+    shared = query.shape[1] // key.shape[1]
+    reduced = query.dtype != torch.float32 or torch.is_autocast_enabled(query.device.type)
+    if attention_mask is None and shared > 1 and not reduced:
+        settings.setdefault("is_causal", getattr(module, "is_causal", True))
+        key, value = repeat_kv(key, shared), repeat_kv(value, shared)
+        module = _UNGROUPED
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
 def _is_light(

@@ -85,6 +85,39 @@ def test_a_padding_mask_of_many_tokens_is_left_to_it(monkeypatch):
     assert attend(Layer(2), *tensors(), torch.ones(3, 1, 5, 5, dtype=torch.bool)) == ("result", None)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "masked", "key_heads"),
+    [
+        (torch.float32, False, False, 8),
+        (torch.float32, False, True, 8),  # by Transformers
+        (torch.float32, True, False, 2),
+        (torch.bfloat16, False, False, 2),
+        (torch.float64, False, False, 2),
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_query_heads_share_key_heads_except_in_float32(dtype, autocast, masked, key_heads, causal, monkeypatch):
+    """Values are those of float64."""
+    query, key, value = tensors(rows=8, heads=8, new=160, width=160, dtype=dtype)
+    mask = torch.ones(160, 160, dtype=torch.bool).tril()[None, None] if masked else None
+    layer = Layer(4)
+    layer.is_causal = causal or masked
+    doubles = (x.double() for x in (query, key, value))
+    expected, _ = sdpa_attention_forward(layer, *doubles, mask)
+    kernel, asked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(query, key, value, **settings):
+        asked.append((key.shape[1], value.shape[1], settings.get("enable_gqa", False)))
+        return kernel(query, key, value, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = attend(layer, query, key, value, mask)
+    assert asked == [(key_heads, key_heads, key_heads < 8)]
+    rough = autocast or dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0.02 if rough else 1e-4, atol=0.02 if rough else 1e-6)
+
+
 def test_the_engine_uses_it_unless_another_attention_is_named(tmp_path):
     make_model(tmp_path)
     tokenizer = make_char_tokenizer(tmp_path)
