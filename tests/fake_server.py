@@ -35,6 +35,7 @@ class FakeServer:
         calls: what changed its state, in order.
         resets: whether it can reset its prefix cache.
         open_update: whether an update has begun that has not ended.
+        known_tokens: from which on it was told to sample none.
         transfer, device: name of its weight-transfer back end, and of its device.
         status: answered to generation requests.
         token_ids: whether each log-probability comes with its token.
@@ -54,6 +55,7 @@ class FakeServer:
         self.workers, self.copies, self.device = 1, 1, "cpu"
         self.calls: list[str] = []
         self.resets, self.open_update = True, False
+        self.known_tokens: int | None = None
         self._members: list[WeightGroup] = []
         self._problem = {"problem": "", "lost": False}
         self.status, self.bad_prompt, self.token_ids = 200, -1, True
@@ -165,6 +167,8 @@ class FakeServer:
             result |= {"weight_transfer": self.transfer, "device": self.device}
         elif body["method"] == "spo_end_update":
             result, self.open_update = None, False
+        elif body["method"] == "spo_hide_tokens":
+            result, (self.known_tokens,) = None, body["args"]
         else:
             result = self._problem
         return web.json_response({"results": [result]})

@@ -128,9 +128,9 @@ def test_a_server_is_paused_emptied_and_named_last(trainer: Trainer) -> None:
 @asynccontextmanager
 async def pool_of(trainer: Trainer, *servers: FakeServer) -> AsyncIterator[tuple[ServerPool, list[Server]]]:
     async with clients_of(*servers) as clients:
-        requests = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000, ())
+        requests = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000)
         known = [Server(client, trainer.transfer.link(i)) for i, client in enumerate(clients)]
-        pool = ServerPool(known, ServerCheck("policy", None), requests, 256, 0.05)
+        pool = ServerPool(known, ServerCheck("policy", None, 49), requests, 256, 0.05)
         try:
             yield pool, known
         finally:
@@ -424,19 +424,32 @@ def test_groups_of_nccl_are_made_without_a_watchdog_one_at_a_time(
             seen.append(os.environ.get(name))
             time.sleep(0.05)
             seen.append(os.environ.get(name))
-            assert options._timeout.days == 1
+            assert options._timeout.total_seconds() == 21
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Noting, raising=False)
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    threads = [
-        threading.Thread(target=_nccl, args=(GroupInfo("127.0.0.1", store.port, str(i), 2, "nccl", 20.0), 0))
-        for i in range(4)
-    ]
+    infos = [GroupInfo("127.0.0.1", store.port, str(i), 2, "nccl", 20.0) for i in range(4)]
+    threads = [threading.Thread(target=_nccl, args=(info, rank)) for info in infos for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == ["1"] * 8 and os.environ.get(name) == before
+    assert seen == ["1"] * 16 and os.environ.get(name) == before
+
+
+def test_a_member_that_waits_alone_asks_nothing_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for the other without a bound, in a call that nothing ends."""
+    kind = SimpleNamespace(Options=SimpleNamespace)  # there is nothing to make a group with
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", kind, raising=False)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    info = GroupInfo("127.0.0.1", store.port, "alone", 3, "nccl", 0.3)
+
+    async def two_of_three() -> list[object]:
+        calls = (asyncio.to_thread(WeightGroup, info, rank, torch.device("cpu")) for rank in (0, 2))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    for error in asyncio.run(two_of_three()):
+        assert isinstance(error, TransferLost) and f"no group at 127.0.0.1:{store.port}" in str(error)
 
 
 def test_release_stops_listening(trainer: Trainer) -> None:
@@ -492,11 +505,11 @@ def test_a_server_that_a_push_would_not_reach_is_refused() -> None:
     async def run() -> None:
         async with clients_of(FakeServer(transfer=None, copies=2)) as (client,):
             with pytest.raises(ServerRefused, match="it runs 2 copies of the model.*--data-parallel-size"):
-                await ServerCheck("policy", None)(client)
+                await ServerCheck("policy", None, 49)(client)
             with pytest.raises(
                 ServerRefused, match='back end is None: start it with --weight-transfer-config \'{"backend":'
             ):
-                await ServerCheck("policy", None)(client)
+                await ServerCheck("policy", None, 49)(client)
 
     asyncio.run(run())
 

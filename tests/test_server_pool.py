@@ -30,7 +30,7 @@ from spo_lightning.types import Completion, RolloutRequest, SamplingParams
 from fake_server import FakeServer
 from tiny_models import make_char_tokenizer, make_model
 
-FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000, ())
+FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000)
 BAD = 9
 
 
@@ -52,7 +52,7 @@ async def pool_of(
             await server.start()
         clients = [ServerClient(server.url, session, 5.0, 20.0, 60.0) for server in servers]
         known = [Server(client, FileLink()) for client in clients]
-        pool = ServerPool(known, ServerCheck("policy", None), FORMAT, streams, probe, clock)
+        pool = ServerPool(known, ServerCheck("policy", None, 49), FORMAT, streams, probe, clock)
         try:
             await until(lambda: "was not asked yet" not in pool.causes())
             yield pool
@@ -204,13 +204,14 @@ async def test_a_server_behind_a_failing_proxy_is_tried_out_before_it_is_used_ag
     server = FakeServer()
     async with pool_of(server) as pool:
         await until(lambda: "is usable" in pool.causes())
-        server.status = status
+        server.status, server.known_tokens = status, None  # as of one that was started anew
         ask(pool, range(3), tokens=20)
         await until(lambda: server.prompts.count(0) >= 4)
         assert server.prompts.count(2) == 3
         assert f"{status}: no" in pool.causes()
         server.status = 200
         assert len(await drain(pool)) == 3
+        assert server.known_tokens == 49
 
 
 @on_a_loop

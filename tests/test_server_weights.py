@@ -172,7 +172,7 @@ def test_a_full_disk_is_named_read_to_the_end_and_leaves_nothing(model, files, s
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1, 7}), 100, range(49, 51))
+FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1, 7}), 100)
 
 
 def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() -> None:
@@ -185,7 +185,6 @@ def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() ->
     expected = {"max_tokens": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0, "min_p": 0.0}
     assert {name: parameters[name] for name in expected} == expected
     assert parameters["stop_token_ids"] == [1, 7] and parameters["ignore_eos"]
-    assert parameters["logit_bias"].keys() == {"49", "50"}
     greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5)), 11))["sampling_params"]
     assert (greedy["max_tokens"], greedy["top_p"], greedy["top_k"]) == (99, 1.0, 0)
     seeds = [derive_seed(11, SeedStream.CONTINUATION, sampled) for sampled in (3, 0)]

@@ -35,13 +35,15 @@ class ServerCheck:
     Attributes:
         model_path: what the policy was loaded from.
         max_model_len: length that the server must take; ``None`` takes what it has.
+        known_tokens: ids below are the tokenizer's; a server that is fit is told to sample no others.
     """
 
     model_path: str
     max_model_len: int | None
+    known_tokens: int
 
     async def __call__(self, client: ServerClient) -> Limits:
-        """Ask a server.
+        """Ask a server, and tell it which tokens there are.
 
         Raises:
             ServerUnavailable: it does not answer.
@@ -79,6 +81,7 @@ class ServerCheck:
             )
         if problems:
             raise ServerRefused("; ".join(problems))
+        await client.hide_tokens(self.known_tokens)
         return Limits(self.max_model_len or found["max_model_len"], found["vocab_size"])
 
     async def wait(self, client: ServerClient, timeout: float) -> Limits:

@@ -107,6 +107,10 @@ class ServerClient:
         description: dict[str, Any] = answer["results"][0]
         return description
 
+    async def hide_tokens(self, first: int) -> None:
+        """Have its workers sample no token from ``first`` on."""
+        await self._call("POST", "/collective_rpc", {"method": "spo_hide_tokens", "args": [first]})
+
     async def world_sizes(self) -> tuple[int, int]:
         """Workers of one copy of the model, and of all copies, which data parallelism makes."""
         one, whole = [await self._call("GET", f"/get_world_size?include_dp={dp}") for dp in ("false", "true")]

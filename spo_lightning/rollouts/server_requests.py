@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.types import RolloutRequest
-
-MASKED = -100.0  # logit bias of ids that the tokenizer does not know; vLLM allows no lower one
 
 
 @dataclass(frozen=True)
@@ -20,13 +17,11 @@ class RequestFormat:
         tokenizer: the policy's.
         eos_token_ids: tokens that end a completion.
         max_model_len: most tokens of prompt and completion together.
-        masked: ids that the model has embeddings for and the tokenizer has no token for; never sampled.
     """
 
     tokenizer: Any
     eos_token_ids: frozenset[int]
     max_model_len: int
-    masked: Iterable[int]
 
     def open(self, request: RolloutRequest, seed: int) -> OpenRequest:
         """A request as submitted."""
@@ -64,6 +59,5 @@ class RequestFormat:
             "stop_token_ids": sorted(self.eos_token_ids),
             "logprobs": 0,  # of the sampled token only
             "detokenize": False,
-            "logit_bias": {str(token_id): MASKED for token_id in self.masked} or None,
         }
         return {"token_ids": row.prefix, "stream": True, "sampling_params": parameters}

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from spo_lightning.rollouts.vllm_weights import hide_tokens
 from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, TransferLost, WeightGroup
 
 
@@ -147,6 +149,8 @@ class ServerWorker:
     vllm_config: Any
     weight_transfer_engine: Any
     finish_weight_update: Callable[[], None]
+    get_model: Callable[[], nn.Module]
+    spo_hiding: RemovableHandle | None = None
 
     def spo_describe(self) -> dict[str, Any]:
         """What a trainer must know about the server before it sends a request."""
@@ -161,6 +165,15 @@ class ServerWorker:
             "weight_transfer": transfer and transfer.backend,
             "device": self.vllm_config.device_config.device_type,
         }
+
+    def spo_hide_tokens(self, first: int) -> None:
+        """Sample no token from ``first`` on, until told anew: the run's tokenizer does not know them.
+
+        A logit bias would do, but on GPUs vLLM ends its engine over one of more than 1,024 tokens.
+        """
+        if self.spo_hiding is not None:
+            self.spo_hiding.remove()
+        self.spo_hiding = hide_tokens(self.get_model(), first)
 
     def spo_end_update(self) -> None:
         """End the update that a trainer has left open which died in the middle of it; vLLM would refuse another."""

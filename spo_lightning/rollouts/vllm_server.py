@@ -313,7 +313,8 @@ class VLLMServerEngine(RolloutEngine):
         session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
         timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
         clients = [ServerClient(url, session, *timeouts) for url in self.urls]
-        check = ServerCheck(context.model_path, context.max_model_len)
+        known_tokens = max(context.tokenizer.get_vocab().values()) + 1
+        check = ServerCheck(context.model_path, context.max_model_len, known_tokens)
         servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         try:
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))
@@ -324,13 +325,7 @@ class VLLMServerEngine(RolloutEngine):
             await session.close()
             raise
         self._limits = Limits(min(one.max_model_len for one in limits), min(one.vocab_size for one in limits))
-        known = max(context.tokenizer.get_vocab().values()) + 1
-        self._format = RequestFormat(
-            context.tokenizer,
-            frozenset(context.eos_token_ids),
-            self._limits.max_model_len,
-            range(known, self._limits.vocab_size),
-        )
+        self._format = RequestFormat(context.tokenizer, frozenset(context.eos_token_ids), self._limits.max_model_len)
         self._session: aiohttp.ClientSession = session
         self._pool: ServerPool = ServerPool(
             servers, check, self._format, self.max_requests_per_server, self.probe_interval_s

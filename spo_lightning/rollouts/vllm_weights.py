@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spo_lightning.errors import ConfigError
@@ -145,12 +146,13 @@ def retie_head(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def hide_tokens(model: nn.Module, first: int) -> None:
-    """Make a vLLM model never sample tokens from ``first`` on, which pad the vocabulary."""
+def hide_tokens(model: nn.Module, first: int) -> RemovableHandle:
+    """Have a vLLM model sample no token from ``first`` on, which pad the vocabulary, until the handle is removed."""
 
     def hide(module: nn.Module, arguments: tuple[Any, ...], logits: Tensor | None) -> None:
         if logits is not None:
             logits[..., first:] = -torch.inf
 
     logits_processor: Any = model.logits_processor
-    logits_processor.register_forward_hook(hide)
+    handle: RemovableHandle = logits_processor.register_forward_hook(hide)
+    return handle

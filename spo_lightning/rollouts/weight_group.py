@@ -121,10 +121,21 @@ def _gloo(info: GroupInfo, rank: int) -> Any:
 def _nccl(info: GroupInfo, rank: int) -> Any:
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
-    options._timeout = timedelta(days=1)  # broadcast() has its own bound
+    options._timeout = timedelta(seconds=info.timeout_s + 1)  # after broadcast() has given up
     store = _store(info)
+    _meet(store, rank, info)
     with _no_watchdog():
         return kind(store, rank, info.world_size, options)
+
+
+def _meet(store: dist.Store, rank: int, info: GroupInfo) -> None:
+    """Wait until all members are there: NCCL itself would wait for one that never comes, and could not be stopped.
+
+    Raises:
+        RuntimeError: they do not come in time.
+    """
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{member}" for member in range(info.world_size)], timedelta(seconds=info.timeout_s))
 
 
 @contextmanager

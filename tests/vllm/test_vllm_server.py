@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -122,6 +123,19 @@ def test_log_probs_are_those_of_the_pushed_weights(
             assert completion.completion_mask.all()
             assert int(completion.token_ids.max()) < KNOWN
             assert logprob_error(run.policy, completion) < TOLERANCE
+
+
+def test_a_server_is_told_anew_which_tokens_the_tokenizer_knows(tied: Run) -> None:
+    """The next run may have another tokenizer."""
+    engine = tied.engine(1)
+    largest = []
+    for first in (10, KNOWN):
+        call = json.dumps({"method": "spo_hide_tokens", "args": [first]}).encode()
+        where = f"{tied.servers[0].url}/collective_rpc"
+        urllib.request.urlopen(urllib.request.Request(where, call, {"Content-Type": "application/json"}), timeout=10)
+        engine.submit([ask(i, temperature=2.0) for i in range(4)])
+        largest.append(max(int(completion.token_ids.max()) for completion in drain(engine)))
+    assert largest[0] == 9 < largest[1] < KNOWN
 
 
 def test_log_probs_are_those_of_the_distribution_sampled_from(tied: Run) -> None:
