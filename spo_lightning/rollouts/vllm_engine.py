@@ -23,7 +23,7 @@ from torch import Tensor
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.request_checks import check_requests, length_limit
-from spo_lightning.rollouts.vllm_process import VLLMProcess, engine_arguments, import_vllm
+from spo_lightning.rollouts.vllm_process import VLLMProcess, engine_arguments, import_vllm, needs_plain_all_reduce
 from spo_lightning.rollouts.vllm_requests import VLLMRequests, check_temperatures
 from spo_lightning.types import Completion, RolloutRequest
 
@@ -299,6 +299,8 @@ class VLLMEngine(RolloutEngine):
             # A prompt in several parts makes vLLM wind a request's generator back, which torch's on a CPU cannot.
             whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self._max_model_len)}
             further = whole | further
+        elif needs_plain_all_reduce(self.ranks_per_engine):
+            further = {"disable_custom_all_reduce": True} | further
         return engine_arguments(
             further,
             model=context.model_path,

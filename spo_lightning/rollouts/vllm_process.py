@@ -26,9 +26,10 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine's core runs here, not in a child process
-LOGGING_LEVEL = (
-    "ERROR"  # unless VLLM_LOGGING_LEVEL is set: vLLM warns much, at start and at each push, of what is meant
-)
+UNLESS_SET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # vLLM warns much, at start and at each push, of what is meant
+    "TRITON_F32_DEFAULT": "ieee",  # TF32 in its attention of float32 would be off by as much as a check may be
+}
 
 STANDARD_ERROR = 2  # the descriptor: ``sys.stderr`` may be something else in a notebook or a test
 
@@ -42,6 +43,12 @@ FIXED_ARGUMENTS = {
     "seed": 0,  # every request brings its own
     "skip_tokenizer_init": True,
 }
+
+
+def needs_plain_all_reduce(ranks_per_engine: int) -> bool:
+    """Whether vLLM's own all-reduce would fail: it shares memory between ranks that torch's allocator may not share."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return ranks_per_engine > 1 and any("expandable_segments:True" in setting for setting in settings)
 
 
 def engine_arguments(further: Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
@@ -82,6 +89,8 @@ class VLLMProcess:
 
     def __init__(self, arguments: Mapping[str, Any], context: EngineContext, ranks_per_engine: int) -> None:
         vllm = import_vllm()
+        from vllm.usage.usage_lib import UsageContext
+
         check_ranks(context, ranks_per_engine)
         refuse_second_engine()
         device = torch.device(context.device)
@@ -100,7 +109,10 @@ class VLLMProcess:
                 torch.autocast(device.type, enabled=False),
                 self.eager_stance(),
             ):
-                self.llm = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+                self.llm = vllm.LLMEngine.from_engine_args(
+                    vllm.EngineArgs(**arguments),
+                    usage_context=UsageContext.LLM_CLASS,  # prompts in parts of 8,192 tokens or more, not of 2,048
+                )
         finally:
             if self.llm is None:
                 self._leave_groups()
@@ -141,7 +153,8 @@ def import_vllm() -> Any:
         ConfigError: it is not installed.
     """
     os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", LOGGING_LEVEL)
+    for name, value in UNLESS_SET.items():
+        os.environ.setdefault(name, value)
     try:
         import vllm
         from vllm import EngineArgs  # noqa: F401 (a folder named vllm on the path is importable, too)

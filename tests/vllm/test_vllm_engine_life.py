@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig
 from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts.vllm_engine import VLLMEngine
+from spo_lightning.rollouts.vllm_process import import_vllm
 
 from engine_runs import NEEDS_VLLM, TOKENIZER, assert_teacher_forced, make_policy, request, run, start
 
@@ -279,6 +280,7 @@ def test_vllm_that_is_not_there_is_named(policy: tuple[str, PreTrainedModel]) ->
 import sys
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.vllm_engine import VLLMEngine
+from spo_lightning.rollouts.vllm_process import import_vllm
 sys.modules["vllm"] = type(sys)("vllm")
 try:
     VLLMEngine().start(EngineContext({policy[0]!r}, None, "cpu", "float32", ()))
@@ -293,3 +295,35 @@ except Exception as error:
 def test_settings_are_all_checked_at_once() -> None:
     with pytest.raises(ValueError, match=r"max_num_seqs is 0.*tensor_parallel_size is 0.*seed is -1.*sleep_level is 3"):
         VLLMEngine(max_num_seqs=0, tensor_parallel_size=0, seed=-1, sleep_level=3)
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    ("setting", "ranks", "own", "plain"),
+    [
+        ("max_split_size_mb:64,expandable_segments:True", 2, {}, True),
+        ("expandable_segments:True", 2, {"disable_custom_all_reduce": False}, False),
+        ("expandable_segments:True", 1, {}, None),
+        ("expandable_segments:False", 2, {}, None),
+    ],
+)
+def test_expandable_segments_are_not_shared_between_ranks(
+    variable: str, setting: str, ranks: int, own: dict[str, Any], plain: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine that is not started: its arguments on a GPU."""
+    monkeypatch.setenv(variable, setting)
+    engine = VLLMEngine(tensor_parallel_size=ranks, engine_args=own)
+    engine._on_cpu, engine._max_model_len = False, 64
+    arguments = engine._arguments(EngineContext("policy", TOKENIZER, "cuda", "bfloat16", ()))
+    assert arguments.get("disable_custom_all_reduce") is plain
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "ieee"), ("tf32", "tf32")])
+def test_float32_stays_float32_in_kernels_unless_the_user_says_otherwise(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TRITON_F32_DEFAULT", before)
+    import_vllm()
+    assert os.environ["TRITON_F32_DEFAULT"] == after
