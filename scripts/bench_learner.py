@@ -252,7 +252,7 @@ def run_task(measure: str, task: Mapping[str, Any], arguments: argparse.Namespac
     """Measure in a process of its own; None when the device's memory does not suffice."""
     command = [sys.executable, __file__, "--device", arguments.device, "--task", json.dumps([measure, task])]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def work(task: str, device: str) -> None:

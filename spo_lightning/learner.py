@@ -55,7 +55,7 @@ def _release(policy: nn.Module) -> None:
     elif isinstance(policy, FullyShardedDataParallel):
         for unit in FullyShardedDataParallel.fsdp_modules(policy):
             handle = unit._handle
-            if handle is not None and handle.uses_sharded_strategy:
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
                 _reshard(unit, handle, True)
 
 
@@ -90,7 +90,8 @@ def accumulate_gradient(
     """
     totals = BatchTotals(tokens=batch.num_tokens, sequences=len(batch))
     plan = micro.plan([len(sequence) for sequence in batch.sequences], ranks.world_size)
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=micro.device))
+    # Not in the default dtype: with bf16-true that is bfloat16, in which a sum of many parts comes to a halt.
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float32, device=micro.device))
     mine: dict[int, Tensor] = {}
     parts = plan.ranks[ranks.rank]
     for number, rows in enumerate(parts, 1):

@@ -72,7 +72,6 @@ from spo_lightning.run_checks import check_benchmarks, check_engine, check_lengt
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
-from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
 from spo_lightning.weight_check import EXACT, TOLERANCE
@@ -219,10 +218,10 @@ class SPOModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
         optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
-        if type(optimizer).__module__.startswith("bitsandbytes") and isinstance(self.trainer.strategy, FSDP2Strategy):
+        if type(optimizer).__module__.startswith("bitsandbytes") and is_sharding(self.trainer.strategy):
             raise ConfigError(
-                f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards; "
-                "take torchao.optim.AdamW8bit, or the strategy fsdp"
+                f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards, "
+                "and whose state FSDP cannot save; take torchao.optim.AdamW8bit with the strategy fsdp2, or ddp"
             )
         self._configured_lr = optimizer.param_groups[0]["lr"]
         if self.lr_scheduler_factory is None:
@@ -595,7 +594,7 @@ class SPOModule(LightningModule):
                 model_path=self.policy_config.path,
                 tokenizer=self.tokenizer,
                 device=str(self.device),
-                dtype=self._generation_dtype,
+                dtype=self.generation_dtype,
                 eos_token_ids=eos_token_ids(self.policy.model, self.tokenizer),
                 max_model_len=min(
                     self.trainer.datamodule.max_prompt_tokens  # type: ignore[attr-defined]
@@ -617,10 +616,10 @@ class SPOModule(LightningModule):
     @property
     def _computes_alike(self) -> bool:
         """Whether engine and trainer differ by float32 rounding alone."""
-        return self.engine.computes_as_policy and self._generation_dtype == "float32"
+        return self.engine.computes_as_policy and self.generation_dtype == "float32"
 
     @property
-    def _generation_dtype(self) -> str:
+    def generation_dtype(self) -> str:
         """What the policy computes in: bfloat16 under autocast, whatever its weights are kept in."""
         return "bfloat16" if self.trainer.precision.startswith("bf16") else self.policy_config.dtype
 
@@ -635,7 +634,7 @@ class SPOModule(LightningModule):
         """
         self._start_engine()
         self.generation.push(full_parameters(self.policy), self.policy_version)
-        tolerance = TOLERANCE[self._generation_dtype] if self.push_tolerance is None else self.push_tolerance
+        tolerance = TOLERANCE[self.generation_dtype] if self.push_tolerance is None else self.push_tolerance
         if tolerance == float("inf"):
             return {}
         with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():

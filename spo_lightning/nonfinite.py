@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience
+from spo_lightning.policy import plain_name
 
 
 class NonFiniteError(RuntimeError):
@@ -70,7 +71,7 @@ class NonFiniteGuard:
 
     @staticmethod
     def _describe(loss: float, grad_norm: float, module: nn.Module, batch: Experience, ranks: Ranks) -> dict[str, Any]:
-        named = dict(module.named_parameters())
+        named = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         return {
             "loss": loss,
             "grad_norm": grad_norm,

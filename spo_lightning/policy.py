@@ -18,6 +18,8 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings, adapters, add_adapters
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
 
 @dataclass
 class PolicyConfig:
@@ -252,6 +254,13 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers of sharding, checkpointing and compiling."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

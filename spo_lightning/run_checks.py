@@ -42,6 +42,11 @@ def check_trainer(module: SPOModule) -> None:
             f"model.policy.head is liger, which needs a CUDA device (this is {module.device}) and pip install -e "
             ".[liger]; set it to torch"
         )
+    if module.policy_config.head == "liger" and module.generation_dtype == "float32":
+        raise ConfigError(
+            "model.policy.head is liger, whose kernel takes bfloat16 only, and the policy computes in float32; set "
+            "trainer.precision to bf16-mixed, or the head to torch"
+        )
     strategy = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy) and strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
         raise ConfigError(

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from spo_lightning.errors import ConfigError
 
 METADATA = "meta.pt"
+OPTIMIZER = "optimizer_0"  # Lightning's name of the only one
 
 
 def require_checkpoint(path: Path) -> None:
@@ -70,10 +71,7 @@ def consolidate(path: Path, optimizers: bool = True) -> dict[str, Any]:
     Returns:
         A Lightning checkpoint with full tensors; optimizer state by the position of the parameter.
     """
-    shards: dict[str, Any] = {}
-    # What torch's own dcp_to_torch_save reads with.
-    planner = _EmptyStateDictLoadPlanner(None if optimizers else {"model", "state_dict"})
-    _load_state_dict(shards, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    shards = _read(path, None if optimizers else {"model", "state_dict"})
     states = [shards[key] for key in sorted(shards) if key.startswith("optimizer_")]
     return {
         **torch.load(path / METADATA, map_location="cpu", weights_only=True),
@@ -82,12 +80,44 @@ def consolidate(path: Path, optimizers: bool = True) -> dict[str, Any]:
     }
 
 
+def groups_of_unused_optimizers(path: Path) -> list[list[dict[str, Any]]] | None:
+    """The settings of a checkpoint's optimizers, by parameter group, if none has any state, as before the first step.
+
+    Args:
+        path: file, or folder of a sharding strategy.
+
+    Returns:
+        ``None`` if there is state.
+    """
+    if is_sharded(path):
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        if any(name.startswith(f"{OPTIMIZER}.state.") for name in names):
+            return None
+        states = [_read(path, {OPTIMIZER})[OPTIMIZER]]
+    else:
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer_states"]
+        if any(state["state"] for state in states):
+            return None
+    return [
+        [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+        for state in states
+    ]
+
+
+def _read(path: Path, keys: set[str] | None) -> dict[str, Any]:
+    """What lies under some keys of a sharded checkpoint, or under all; as torch's own dcp_to_torch_save reads it."""
+    shards: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys)
+    _load_state_dict(shards, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    return shards
+
+
 def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
     """Optimizer state by name, as sharding strategies keep it, to state by number, as torch optimizers do."""
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     number = {name: position for position, name in enumerate(names)}
     return {
-        "state": {number[name]: values for name, values in optimizer["state"].items()},
+        "state": {number[name]: values for name, values in optimizer.get("state", {}).items()},
         "param_groups": [
             {**group, "params": [number[name] for name in group["params"]]} for group in optimizer["param_groups"]
         ],

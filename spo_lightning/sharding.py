@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    ShardingStrategy,
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, wrap
@@ -24,11 +27,14 @@ from torch.distributed.tensor import DTensor
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import merge_adapters
-from spo_lightning.policy import Policy, decoder_layers
-from spo_lightning.sharded_checkpoint import is_sharded, require_checkpoint, written_by_fsdp2
+from spo_lightning.policy import Policy, decoder_layers, plain_name
+from spo_lightning.sharded_checkpoint import (
+    groups_of_unused_optimizers,
+    is_sharded,
+    require_checkpoint,
+    written_by_fsdp2,
+)
 from spo_lightning.strategies import FSDP2Strategy
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def is_sharding(strategy: Strategy) -> bool:
@@ -53,6 +59,33 @@ def check_checkpoint(path: Path, strategy: Strategy) -> None:
             f"the checkpoint {path} was written by {writer} and cannot be read by {reader}; go on with "
             f"configs/strategy/{writer.lower()}.yaml, with ddp.yaml or single.yaml, or export the policy and start anew"
         )
+
+
+class ShardedResume(_CheckpointConnector):
+    """Lightning's place for loading checkpoints, that a sharded run may also go on from one of its start.
+
+    Lightning and torch look for the state of an optimizer where there is none: in what was saved before the first step,
+    and in anything of an optimizer that keeps none. There its settings are loaded here, and nothing is asked of them.
+    """
+
+    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        """Load a checkpoint."""
+        strategy, state = self.trainer.strategy, self.trainer.state
+        groups = None
+        if checkpoint_path and is_sharding(strategy) and state.fn == TrainerFn.FITTING:
+            groups = groups_of_unused_optimizers(Path(checkpoint_path))
+        if groups is None:
+            super().resume_start(checkpoint_path, weights_only)
+            return
+        optimizers = strategy.optimizers
+        strategy.optimizers, state.fn = [], TrainerFn.VALIDATING  # what FSDP2 and FSDP go by
+        try:
+            super().resume_start(checkpoint_path, weights_only)
+        finally:
+            strategy.optimizers, state.fn = optimizers, TrainerFn.FITTING
+        for optimizer, settings in zip(optimizers, groups, strict=True):
+            for group, values in zip(optimizer.param_groups, settings, strict=True):
+                group |= values
 
 
 def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:
@@ -84,7 +117,7 @@ def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:
         set_model_state_dict(sharded, weights, options=options)
     for prefix, module in policy.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            full_name = _plain(f"{prefix}.{name}" if prefix else name)
+            full_name = plain_name(f"{prefix}.{name}" if prefix else name)
             value = buffers.get(full_name, buffer).to(strategy.root_device, copy=True)
             dist.broadcast(value, 0)
             setattr(module, name, value)  # in place of one on the host, where that is what parameters are offloaded to
@@ -175,27 +208,20 @@ def _unit_parameters(
     prefix: str, unit: FullyShardedDataParallel, writeback: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """A unit's own parameters, whole until the next one is asked for, under their names in the policy."""
-    modules = ((_plain(f"{name}."), module) for name, module in unit.named_modules() if module is not unit)
+    modules = ((plain_name(f"{name}."), module) for name, module in unit.named_modules() if module is not unit)
     inner = tuple(name for name, module in modules if isinstance(module, FullyShardedDataParallel))
     with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
         for name, parameter in unit.named_parameters():
-            if not _plain(name).startswith(inner):
-                yield _plain(prefix + name), parameter.detach()
+            if not plain_name(name).startswith(inner):
+                yield plain_name(prefix + name), parameter.detach()
 
 
 def _whole(value: DTensor) -> Tensor:
     return cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the wrappers of sharding, checkpointing and compiling."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def _model_name(name: str) -> str:
-    return _plain(name).removeprefix("model.")
+    return plain_name(name).removeprefix("model.")
 
 
 def full_state(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
@@ -213,17 +239,28 @@ def full_state(policy: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def gradient_norm(policy: nn.Module) -> float:
-    """L2 norm of the whole gradient; collective when sharded."""
-    if isinstance(policy, FullyShardedDataParallel):
-        return policy.clip_grad_norm_(torch.finfo(torch.float32).max).item()  # by infinity it would make all of it NaN
+    """L2 norm of the whole gradient, in float32; collective when sharded."""
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    if isinstance(policy, FullyShardedDataParallel):
+        # Not by its clip_grad_norm_, which multiplies: one part that is NaN would be in all of them.
+        square = _norm(gradients, policy.compute_device).square()
+        if policy.sharding_strategy != ShardingStrategy.NO_SHARD:
+            dist.all_reduce(square, group=policy.process_group)
+        return square.sqrt().item()
     if not gradients or not isinstance(gradients[0], DTensor):
-        return torch.nn.utils.get_total_norm(gradients).item()
+        return _norm(gradients).item()
     # Each rank's own parts first: offloaded ones are on the host, where NCCL cannot add up.
-    norms = [cast(DTensor, norm) for norm in torch._foreach_norm(gradients)]
+    norms = [cast(DTensor, norm) for norm in torch._foreach_norm(gradients, 2, torch.float32)]
     mesh = norms[0].device_mesh
     parts = torch.stack([norm.to_local() for norm in norms]).to(mesh.device_type)
     return DTensor.from_local(parts.norm(), mesh, norms[0].placements).full_tensor().item()
+
+
+def _norm(gradients: list[Tensor], device: torch.device | None = None) -> Tensor:
+    """Of tensors taken together; 0 of none."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).norm()
 
 
 def clip_gradient(policy: nn.Module, max_norm: float, norm: float) -> None:

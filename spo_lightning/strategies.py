@@ -79,7 +79,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         unused = not optimizer.state
         state = super().optimizer_state(optimizer)
         if unused:
-            for values in state["state"].values():
+            for values in state.get("state", {}).values():  # ranks that do not write one file get nothing
                 values.get("step", torch.empty(0)).zero_()
             optimizer.state.clear()
         return state

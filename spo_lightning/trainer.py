@@ -19,6 +19,7 @@ from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
+from spo_lightning.sharding import ShardedResume
 
 # One epoch holds all iterations of a run; every iteration is logged; validation counts iterations.
 DEFAULTS: dict[str, Any] = {
@@ -50,6 +51,7 @@ class SPOTrainer(Trainer):
         callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
+        self._checkpoint_connector = ShardedResume(self)
 
     def validate(
         self,

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.utils._pytree import tree_leaves
@@ -30,11 +31,15 @@ from spo_lightning.callbacks import IterationCheckpoint
 from spo_lightning.data.loaders import Benchmark
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.value_start import DrawValues
+from spo_lightning.distributed import Ranks
+from spo_lightning.learner import _release
 from spo_lightning.lora import LoraSettings
 from spo_lightning.memory_trace import LiveBytes
+from spo_lightning.nonfinite import _not_finite
+from spo_lightning.policy import plain_name
 from spo_lightning.protocols import RolloutEngine
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
-from spo_lightning.sharding import full_parameters, full_state
+from spo_lightning.sharding import full_parameters, full_state, gradient_norm
 from spo_lightning.strategies import FSDP2Strategy
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import SamplingParams
@@ -50,6 +55,8 @@ STRATEGIES: dict[str, Any] = {
 }
 # Runs that carry unfinished rollouts over, and lengths that differ enough for it.
 CARRYING: dict[str, Any] = {"carrying-ddp": DDPStrategy, "carrying-fsdp2": FSDP2Strategy}
+# Runs with an optimizer that keeps no state, and a learning rate that a checkpoint must bring along.
+PLAIN = {"plain-fsdp": STRATEGIES["fsdp"], "plain-fsdp2": FSDP2Strategy}
 SPREAD = SamplingParams(max_tokens=10, stop=tuple("abcdefgh"))
 ITERATIONS, SAVED_AT, STOPPED_AT = 4, 2, 1
 EXACT = ("prompts", "completions")
@@ -62,6 +69,7 @@ PROBE = torch.tensor([3, 4, 30, 12, 6, 2])  # tokens after which a policy tells 
 
 # Plain gradient descent, where equal weights are equal gradients: folder of the inputs, strategy, policy, settings.
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "max_grad_norm": None}
+DECAYING = SGD | {"lr_scheduler": partial(torch.optim.lr_scheduler.LinearLR, total_iters=6)}
 LORA = {"lora": LoraSettings(rank=2, alpha=8)}
 SPARSE = {"lora": LoraSettings(rank=2, alpha=8, target_modules=["down_proj"])}
 VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
@@ -208,7 +216,25 @@ def run(
             "kept": gathered_bytes(module.policy, None),
         },
         "next": next_tokens(module.policy),
+        "events": gather_events(module.policy),
+        "blamed": blamed_for_one_that_is_nan(module.policy, module.ranks),
     }
+
+
+def gather_events(policy: torch.nn.Module) -> int:
+    """What is left of the events by which FSDP waits, so that few units are whole at a time."""
+    return len(policy._free_event_queue._queue) if isinstance(policy, FullyShardedDataParallel) else 0
+
+
+def blamed_for_one_that_is_nan(policy: torch.nn.Module, ranks: Ranks) -> tuple[float, list[str]]:
+    """The norm of a gradient that is NaN in one parameter, and the parameters whose gradient is not finite then."""
+    _release(policy)
+    for name, parameter in policy.named_parameters():
+        bad = plain_name(name).endswith("layers.1.mlp.up_proj.weight") and parameter.requires_grad
+        parameter.grad = torch.full_like(parameter, float("nan") if bad else 0.5)
+    norm = gradient_norm(policy)
+    named = {plain_name(name): parameter.grad for name, parameter in policy.named_parameters()}
+    return norm, _not_finite(named, ranks)
 
 
 def gathered_bytes(policy: torch.nn.Module, keep: int | None) -> int:
@@ -295,6 +321,11 @@ def save(folder: Path, name: str, **runs: dict[str, Any]) -> None:
     torch.save(runs, folder / f"{name}-rank{torch.distributed.get_rank()}.pt")
 
 
+def at_the_start(folder: Path, name: str) -> Path:
+    """A run's checkpoint before its first iteration."""
+    return folder / f"{name}-checkpoints" / f"iteration-{0:06d}.ckpt"
+
+
 def in_the_middle(folder: Path, name: str) -> Path:
     """A run's checkpoint between its first and its last iteration."""
     return folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt"
@@ -307,6 +338,17 @@ def run_in_two(folder: Path) -> None:
         save(folder, name, whole=whole, resumed=resumed)
         from_one = run(folder, f"{name}-from-one", build(), 2, in_the_middle(folder, "one"))
         save(folder, f"{name}-from-one", whole=from_one)
+        starts = {writer: at_the_start(folder, writer) for writer in ("ddp", name)}
+        started = {writer: run(folder, f"{name}-after-{writer}", build(), 2, path) for writer, path in starts.items()}
+        save(folder, f"{name}-from-start", **started)
+    for name, build in PLAIN.items():
+        whole = run(folder, name, build(), 2, **DECAYING)
+        resumed = run(folder, f"{name}-resumed", build(), 2, in_the_middle(folder, name), **DECAYING)
+        save(folder, name, whole=whole, resumed=resumed)
+    one_file = partial(FSDP2Strategy, save_distributed_checkpoint=False)
+    whole = run(folder, "one-file", one_file(), 2)
+    resumed = run(folder, "one-file-resumed", one_file(), 2, in_the_middle(folder, "one-file"))
+    save(folder, "one-file", whole=whole, resumed=resumed)
     stopped = run(folder, "fsdp2-stopped", FSDP2Strategy(), 2, notice=True)
     last = folder / "fsdp2-stopped-checkpoints" / "last.ckpt"
     save(folder, "fsdp2-stopped", stopped=stopped, resumed=run(folder, "fsdp2-restarted", FSDP2Strategy(), 2, last))

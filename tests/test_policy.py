@@ -132,6 +132,20 @@ def test_gradient_equals_the_plain_one_whatever_the_micro_batch(policy, sequence
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_metrics_are_summed_in_more_than_the_default_dtype(policy, sequences):
+    """With bf16-true Lightning makes it bfloat16, where a sum comes to a halt at 256 times its parts."""
+    many = experience(policy, sequences)
+    rows = [row for row in range(len(sequences)) for _ in range(120)]
+    batch, micro = many.select(rows), MicroBatching(12, 0, TEMPERATURE)
+    expected, _ = differentiate(policy, batch, micro)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, _ = differentiate(policy, batch, micro)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("max_tokens", [12, 1000])
 def test_without_old_logprobs_the_ratio_is_one(policy, sequences, max_tokens):
     """The gradient is then that of the given old log-probabilities being the policy's own, and they are returned."""

@@ -4,8 +4,10 @@ import io
 import math
 import os
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.experience import TokenSequence
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.policy import Policy, PolicyConfig, decoder_layers, load_policy, tells_packed_sequences_apart
+from spo_lightning.run_checks import check_trainer
 
 from runs import Recorder, make_run, write_inputs
 from tiny_models import make_model
@@ -333,3 +336,27 @@ def test_packing_is_the_default_where_the_attention_has_kernels_for_it():
     efficient = ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn", "flex_attention"]
     assert all(tells_packed_sequences_apart(name) for name in efficient)
     assert not any(tells_packed_sequences_apart(name) for name in ("sdpa", "eager"))
+
+
+# Liger's head
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "message"),
+    [
+        ("cpu", "bfloat16", True, "needs a CUDA device"),
+        ("cuda", "bfloat16", False, "pip install"),
+        ("cuda", "float32", True, "takes bfloat16 only, and the policy computes in float32"),
+        ("cuda", "bfloat16", True, None),
+    ],
+)
+def test_liger_is_refused_where_it_cannot_run(device, dtype, installed, message, monkeypatch):
+    monkeypatch.setattr("spo_lightning.run_checks.find_spec", lambda name: "found" if installed else None)
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(precision="32-true", max_steps=-1, strategy=None),
+        policy_config=PolicyConfig("policy", head="liger"),
+        device=torch.device(device),
+        generation_dtype=dtype,
+    )
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_trainer(module)

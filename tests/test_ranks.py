@@ -4,6 +4,7 @@ The processes train once for the whole file (``rank_runs.py``); the tests compar
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from filelock import FileLock
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from memory_ranks import BUILDS, RETURNED, SHAPE
@@ -34,6 +36,7 @@ from rank_runs import (
     IN_FOUR,
     IN_THREE,
     ITERATIONS,
+    PLAIN,
     PROBE,
     SAVED_AT,
     SPREAD,
@@ -41,6 +44,7 @@ from rank_runs import (
     STRATEGIES,
     VARIANTS,
     assert_same,
+    at_the_start,
     in_the_middle,
     load,
     run,
@@ -127,7 +131,7 @@ def test_all_ranks_know_the_same(folder, strategy):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *CARRYING])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *CARRYING, *PLAIN, "one-file"])
 def test_a_resumed_run_equals_the_uninterrupted_one(folder, strategy):
     runs = load(folder, strategy)
     assert len(runs["resumed"]["prompts"]) == ITERATIONS - SAVED_AT
@@ -143,6 +147,33 @@ def test_benchmarks_answered_by_two_processes_are_those_of_one(folder, alone, st
     """Eight problems in threes: the ranks get unequal shares."""
     assert {"val/b/avg_at_2", "val/b/maj_at_2", "val/b/pass_at_2"} <= set(alone["benchmark"])
     assert load(folder, strategy)["whole"]["benchmark"] == pytest.approx(alone["benchmark"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_gradient_that_is_nan_is_named_and_no_other(folder, strategy):
+    for rank in range(2):
+        norm, blamed = load(folder, strategy, rank)["whole"]["blamed"]
+        assert math.isnan(norm)
+        assert blamed == ["model.model.layers.1.mlp.up_proj.weight"]
+
+
+def test_fsdp_waits_for_units_to_be_freed_after_many_passes(folder):
+    """With an event too many for each pass it would not wait, and more units than planned would be whole on a GPU."""
+    assert load(folder, "fsdp")["whole"]["events"] <= 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_start_that_was_drawn_goes_on_also_from_another_strategy(folder, alone, strategy):
+    """No optimizer has taken a step then, and most have no state."""
+    started = load(folder, f"{strategy}-from-start")
+    assert started.keys() == {"ddp", strategy}
+    for found in started.values():
+        assert_same(found, alone)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_start_that_two_processes_drew_goes_on_in_one(folder, alone, strategy):
+    assert_same(run(folder, f"{strategy}-start-in-{os.getpid()}", "auto", 1, at_the_start(folder, strategy)), alone)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -292,6 +323,11 @@ def test_nothing_stays_whole_during_rollouts_because_the_policy_has_scored(growt
         assert found["scored"] < 0.5 * root
 
 
+def test_a_sharded_run_may_write_its_checkpoints_in_one_file(folder, alone):
+    assert in_the_middle(folder, "one-file").is_file()
+    assert_same(load(folder, "one-file")["whole"], alone)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_each_rank_writes_half_of_a_sharded_checkpoint(folder, strategy):
     metadata = FileSystemReader(in_the_middle(folder, strategy)).read_metadata()
@@ -316,6 +352,14 @@ def test_what_can_be_read_is_not_refused(folder, strategy):
     last = folder / f"{strategy}-checkpoints" / "last.ckpt"
     for reader in (STRATEGIES[strategy](), DDPStrategy(), SingleDeviceStrategy()):
         check_checkpoint(last, reader)
+
+
+@pytest.mark.parametrize("strategy", [CPUFSDPStrategy(), FSDP2Strategy()])
+def test_an_optimizer_that_cannot_be_sharded_is_refused(tmp_path, strategy):
+    _, module, _ = make_run(tmp_path, optimizer=AdamW8bit)
+    module.policy, module._trainer = torch.nn.Linear(1, 1), SimpleNamespace(strategy=strategy)
+    with pytest.raises(ConfigError, match="AdamW8bit of bitsandbytes.*take torchao.optim.AdamW8bit with .* fsdp2"):
+        module.configure_optimizers()
 
 
 def test_fsdp_with_offload_is_refused_before_anything_is_loaded(tmp_path):
