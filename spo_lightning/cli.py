@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
+from jsonargparse import _typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -85,6 +86,27 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=f".*{re.escape(words)}", module=r"torch\.distributed")
     # a run without benchmarks
     warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero")
+
+
+_discard = _typehints.discard_init_args_on_class_path_change
+
+
+def _forget_defaults(parser_or_action: Any, before: Any, value: Any) -> None:
+    """Drop the former class's defaults when a class is changed, so that the new class's own count.
+
+    jsonargparse carries over every argument that the new class has too, GSPO would have PPO's clip range, for one.
+    What differs from the former class's defaults was asked for, and is carried over as there.
+    """
+    former = before["class_path"] if before and "init_args" in before else None
+    if former is not None and former != value["class_path"]:
+        defaults = _typehints.ActionTypeHint.get_class_parser(former).get_defaults()
+        for name in [name for name, kept in before["init_args"].items(branches=True, nested=False)]:
+            if name in defaults and before["init_args"][name] == defaults[name]:
+                before["init_args"].pop(name)
+    _discard(parser_or_action, before, value)
+
+
+_typehints.discard_init_args_on_class_path_change = _forget_defaults
 
 
 class SPOArgumentParser(LightningArgumentParser):

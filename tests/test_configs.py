@@ -1,10 +1,12 @@
 """Every shipped YAML parses and builds what it names."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.cli import SPOCLI
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
@@ -156,3 +158,36 @@ def test_the_resolved_config_is_a_config(monkeypatch, tmp_path):
     second = SPOCLI([f"--config={resolved}"], run=False)
     assert second.parser.dump(second.config, skip_none=False) == resolved.read_text()
     assert second.model.reward.function("12", "", "") == 1.0
+
+
+CHOICES = {
+    "model.loss": PolicyLoss,
+    "model.advantage": AdvantageEstimator,
+    "model.drift": DriftEstimator,
+    "data.forgetting": ForgettingRule,
+    "data.prompt_weights": PromptWeights,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [(key, cls.__name__) for key, base in CHOICES.items() for cls in base.__subclasses__()]
+)
+def test_a_class_that_is_chosen_has_the_defaults_of_its_signature(key, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    chosen = SPOCLI(["--config=configs/quickstart.yaml", f"--{key}={name}"], run=False).config
+    for part in key.split("."):
+        chosen = chosen[part]
+    cls = next(cls for cls in CHOICES[key].__subclasses__() if cls.__name__ == name)
+    assert chosen.class_path.endswith(f".{name}")
+    defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    assert {n: chosen.init_args[n] for n in defaults} == defaults
+
+
+def test_what_was_asked_of_the_class_before_carries_over_and_its_defaults_do_not(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    arguments = ["--model.loss.clip_ratio_low=0.11", "--model.loss=GSPOLoss", "--model.optimizer=torch.optim.SGD"]
+    config = SPOCLI(["--config=configs/quickstart.yaml", *arguments], run=False).config
+    assert (config.model.loss.init_args.clip_ratio_low, config.model.loss.init_args.clip_ratio_high) == (0.11, 0.0004)
+    assert config.model.optimizer.init_args.lr == 1.5e-5
