@@ -216,12 +216,16 @@ class SPOMLFlowLogger(MLFlowLogger):
         """Log the resolved configuration: its leaves as hyper-parameters, all of it as artifact ``config.yaml``.
 
         The N-th resume's artifact is ``config_resume_N.yaml``. The checkpoint a process starts from is no parameter.
+        Of a process that only adds to a run there is the artifact alone, ``config_test.yaml``.
         """
         self._start()
-        config = yaml.safe_load(yaml_text)
-        self.log_hyperparams({name: value for name, value in config.items() if name != "ckpt_path"})
-        resume = f"_resume_{self._run.num_resumes}" if self._run.num_resumes else ""
-        self.log_file(f"config{resume}.yaml", lambda path: path.write_text(yaml_text, encoding="utf-8"))
+        if self.visits:
+            name = "config_test.yaml"
+        else:
+            config = yaml.safe_load(yaml_text)
+            self.log_hyperparams({name: value for name, value in config.items() if name != "ckpt_path"})
+            name = f"config_resume_{self._run.num_resumes}.yaml" if self._run.num_resumes else "config.yaml"
+        self.log_file(name, lambda path: path.write_text(yaml_text, encoding="utf-8"))
 
     @rank_zero_only
     def log_file(self, artifact_file: str, write: Callable[[Path], Any]) -> None:

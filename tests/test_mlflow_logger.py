@@ -255,6 +255,28 @@ def test_a_visit_leaves_the_status_of_a_run(make: MakeLogger, tmp_path: Path) ->
     assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
 
 
+def test_a_test_between_leaves_the_parameters_of_the_next_resume_alone(make: MakeLogger, tmp_path: Path) -> None:
+    """Both are the first to go on with the run, and MLflow refuses to change a parameter."""
+    first = make()
+    first.log_config("a: 1\nseed: 0\n")
+    first.finalize("success")
+    visit, second = make(), make()
+    visit.attach(tmp_path / "root", trains=False)
+    for logger, config in ((visit, "a: 2\nseed: 0\n"), (second, "a: 3\nseed: 4\n")):
+        logger.resume_from(tmp_path / "root")
+        logger.log_config(config)
+        logger.finalize("success")
+    assert second.experiment.get_run(first.run_id).data.params == {
+        "a": "1",
+        "seed": "0",
+        "resume_1/a": "3",
+        "resume_1/seed": "4",
+    }
+    names = {file.path for file in second.experiment.list_artifacts(first.run_id)}
+    assert names == {"config.yaml", "config_test.yaml", "config_resume_1.yaml"}
+    assert second.unsent_folder is None
+
+
 def test_only_a_training_names_the_run_of_its_folder(make: MakeLogger, tmp_path: Path) -> None:
     first = make()
     first.log_metrics({"a": 1.0}, 0)

@@ -104,6 +104,23 @@ def test_a_run_stops_after_the_iteration_of_the_signal_and_goes_on_exactly(tmp_p
         assert torch.equal(second["weights"][name], value), name
 
 
+class Ending(Callback):
+    """Ends the run after its second iteration as ``max_time`` and ``EarlyStopping`` do."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = batch.iteration == 1
+
+
+def test_a_run_that_is_ended_by_a_callback_has_a_checkpoint_and_goes_on_exactly(tmp_path, whole):
+    first = fit(tmp_path, Ending())
+    assert not first["told"] and first["iterations"] == [0, 1]
+    assert saved(tmp_path) == ["iteration-000002"]
+    second = fit(tmp_path, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert first["prompts"] + second["prompts"] == whole["prompts"]
+    for name, value in whole["weights"].items():
+        assert torch.equal(second["weights"][name], value), name
+
+
 def benchmark(folder: Path) -> dict[str, Benchmark]:
     """Eight problems in batches of three."""
     write_inputs(folder)

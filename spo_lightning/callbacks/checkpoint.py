@@ -115,12 +115,13 @@ class IterationCheckpoint(Checkpoint):
         """Save when it is time; all state of the iteration is final here."""
         done = batch.iteration + 1
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not (self._requested or last or done % self.every_n_iterations == 0):
+        at_once = self._requested or trainer.should_stop  # as max_time and EarlyStopping end a run
+        if not (at_once or last or done % self.every_n_iterations == 0):
             return
         waits = validation_follows(trainer, done)
         if waits:
             self._due_after_validation = done
-        if self._requested or not waits:
+        if at_once or not waits:
             self._save(trainer, done)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
