@@ -6,7 +6,9 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from spo_lightning.protocols import Reward
@@ -194,6 +196,15 @@ def test_function_reward_refuses_paths(path: str, error: type[Exception], rule: 
 def test_math_verify_collects_every_problem() -> None:
     with pytest.raises(ValueError, match=r"num_workers is 0.*time_limit is -1"):
         MathVerifyReward(num_workers=0, time_limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("value", "grade"),
+    [(True, 1.0), (np.True_, 1.0), (np.float32(0.5), 0.5), (np.int64(1), 1.0), (torch.tensor(0.25), 0.25)],
+)
+def test_a_function_may_return_any_scalar(value, grade) -> None:
+    (found,) = FunctionReward(lambda *_: value).grade(["x"], ["x"], ["x"])
+    assert (found.value, type(found.value)) == (grade, float)
 
 
 FUNCTION = "spo_lightning.rewards.FunctionReward"

@@ -8,6 +8,9 @@ from importlib import import_module
 from numbers import Real
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from spo_lightning.protocols import Reward
 from spo_lightning.rewards.extraction import last_boxed
 from spo_lightning.types import Grade
@@ -48,6 +51,8 @@ class FunctionReward(Reward):
         answer = last_boxed(completion)
         if value is None:
             return Grade(None, answer, "undecided")
+        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
+            value = value.item()
         if not isinstance(value, Real):
             raise TypeError(
                 f"reward function {self.name} returned {value!r} of type {type(value).__name__}; "
