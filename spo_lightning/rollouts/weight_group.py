@@ -1,7 +1,8 @@
 """A process group of the trainer's first rank and the workers of one vLLM server, to send weights over.
 
-Both sides use it: ``server_broadcast.py`` sends, ``server_worker.py`` receives. Neither side ever waits for the other
-without a bound, and a failure is an error rather than the end of the process.
+Both sides use it: ``server_broadcast.py`` sends, ``server_worker.py`` receives. Neither side waits for the other
+without a bound, but for a member that dies while NCCL forms a group of members that have met. A failure is an error
+rather than the end of the process.
 """
 
 from __future__ import annotations
