@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import logging
 import os
@@ -13,17 +12,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import transformers
-from jsonargparse import _typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.callbacks import (
     CompletionsTable,
     ExportPolicy,
@@ -35,31 +32,15 @@ from spo_lightning.callbacks import (
 from spo_lightning.callbacks.describe_run import DescribeRun
 from spo_lightning.callbacks.preemption import STOP_SIGNALS
 from spo_lightning.data.datamodule import SPODataModule
-from spo_lightning.data.value_start import ValueStart
 from spo_lightning.errors import ConfigError
 from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
-from spo_lightning.protocols import Reward, RolloutEngine
-from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
+from spo_lightning.parser import SPOArgumentParser
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
 TOLD_TO_END = 128 + signal.SIGTERM
-
-# Classes whose subclasses have short names in a configuration.
-SEAMS = (
-    AdvantageEstimator,
-    DriftEstimator,
-    ForgettingRule,
-    PolicyLoss,
-    PromptWeights,
-    Reward,
-    RolloutEngine,
-    ValueStart,
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-)
 
 
 class AgreedEnd(SystemExit):
@@ -86,62 +67,6 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=f".*{re.escape(words)}", module=r"torch\.distributed")
     # a run without benchmarks
     warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero")
-
-
-_discard = _typehints.discard_init_args_on_class_path_change
-
-
-def _forget_defaults(parser_or_action: Any, before: Any, value: Any) -> None:
-    """Drop the former class's defaults when a class is changed, so that the new class's own count.
-
-    jsonargparse carries over every argument that the new class has too, GSPO would have PPO's clip range, for one.
-    What differs from the former class's defaults was asked for, and is carried over as there.
-    """
-    former = before["class_path"] if before and "init_args" in before else None
-    if former is not None and former != value["class_path"]:
-        defaults = _typehints.ActionTypeHint.get_class_parser(former).get_defaults()
-        for name in [name for name, kept in before["init_args"].items(branches=True, nested=False)]:
-            if name in defaults and before["init_args"][name] == defaults[name]:
-                before["init_args"].pop(name)
-    _discard(parser_or_action, before, value)
-
-
-_typehints.discard_init_args_on_class_path_change = _forget_defaults
-
-
-class SPOArgumentParser(LightningArgumentParser):
-    """Refuses abbreviated flags, and names the key that was probably meant."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, with a suggestion and without pages of usage, and exit with status 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        print(f"error: {message}{_suggestion(message, parser)}", file=sys.stderr)
-        print(f"every key: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
-        self.exit(2)
-
-
-def _suggestion(message: str, parser: Any) -> str:
-    """The keys, or the classes, that were probably meant; empty when nothing is close."""
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
-    wrong_class = re.search(r"Expected a dot import path string: (\w+)", message)
-    if unknown:
-        meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
-    elif wrong_class:
-        meant, known = wrong_class.group(1), sorted({name for base in SEAMS for name in _class_names(base)})
-    else:
-        return ""
-    matches = difflib.get_close_matches(meant, known, n=3)
-    return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
-
-
-def _class_names(base: type) -> list[str]:
-    children: list[type] = base.__subclasses__()
-    return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
 
 
 class SPOCLI(LightningCLI):
@@ -200,7 +125,7 @@ class SPOCLI(LightningCLI):
         """Build module, data and trainer; what a constructor refuses ends the program with its message."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, MisconfigurationException) as error:
             _fail(str(error))
 
     def after_instantiate_classes(self) -> None:

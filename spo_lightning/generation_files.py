@@ -267,6 +267,8 @@ def _settings(schema: pyarrow.Schema) -> GenerationSettings:
 
 
 def _read(path: Path) -> tuple[GenerationSettings, list[BenchmarkRow]]:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the files in it, {path}/*.parquet")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (looked in {Path.cwd()}); give files that spo test kept")
     try:

@@ -25,6 +25,8 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from spo_lightning.errors import ConfigError
+from spo_lightning.folders import make_folder
 from spo_lightning.mlflow_run import DEFAULT_TRACKING_URI, SQLITE, MlflowRun, clean_name, flatten, public_uri
 from spo_lightning.outbox import Outbox, RequestRefused
 from spo_lightning.provenance import git_commit, package_versions
@@ -145,7 +147,7 @@ class SPOMLFlowLogger(MLFlowLogger):
                 is made.
 
         Raises:
-            ValueError: the file is not one that this class wrote.
+            ConfigError: the file is not one that this class wrote.
         """
         path = Path(path) / RUN_FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
@@ -154,7 +156,9 @@ class SPOMLFlowLogger(MLFlowLogger):
             saved = json.loads(path.read_text(encoding="utf-8"))
             self._resumed = {"run_id": saved["run_id"], "num_resumes": int(saved["num_resumes"])}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not name an MLflow run ({error!r}); remove it to start a new run") from error
+            raise ConfigError(
+                f"{path} does not name an MLflow run ({error!r}); remove it to start a new run"
+            ) from error
 
     @property
     @rank_zero_experiment
@@ -190,6 +194,13 @@ class SPOMLFlowLogger(MLFlowLogger):
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, replacing those of the same name."""
         self._put({"tags": dict(tags)})
+
+    @rank_zero_only
+    def log_run_tags(self, tags: Mapping[str, str]) -> None:
+        """Set the tags that runs are compared by. Those of the N-th resume go to ``resume_N/name``."""
+        self._start()
+        prefix = f"resume_{self._run.num_resumes}/" if self._resumed and self._run.num_resumes else ""
+        self.log_tags({f"{prefix}{name}": text for name, text in tags.items()})
 
     @rank_zero_only
     def log_dataset(self, name: str, source: Mapping[str, Any], digest: str, num_rows: int, context: str) -> None:
@@ -308,11 +319,11 @@ class SPOMLFlowLogger(MLFlowLogger):
 
     @rank_zero_only
     def _start(self) -> None:
-        """Open the run on first use. Raises RuntimeError when the server refuses; one that is away is tried later."""
+        """Open the run on first use. Raises ConfigError when the server refuses; one that is away is tried later."""
         if self._started:
             return
         if self._tracking_uri.startswith(SQLITE):
-            Path(self._tracking_uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(Path(self._tracking_uri.removeprefix(SQLITE)).parent, "trainer.logger's tracking_uri")
         elif self._tracking_uri.startswith("http"):
             for name, value in HTTP_DEFAULTS.items():
                 os.environ.setdefault(name, value)
@@ -320,7 +331,7 @@ class SPOMLFlowLogger(MLFlowLogger):
         try:
             reached = self._outbox.attempt(self._run.open)
         except RequestRefused as error:
-            raise RuntimeError(
+            raise ConfigError(
                 f"MLflow at {self.tracking_uri} refuses to open a run: {error}; correct the logger's arguments or the "
                 "server's credentials, or train without MLflow (`--trainer.logger false`)"
             ) from error

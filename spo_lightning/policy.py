@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
+from spo_lightning.folders import make_folder
 from spo_lightning.lora import LoraSettings, adapters, add_adapters
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
@@ -153,24 +156,18 @@ def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Po
         seed: of the adapters' random start.
 
     Raises:
-        ConfigError: the model changes its logits after the head, or cannot have the adapters that are asked for.
+        ConfigError: there is no such model, it is damaged or lacks weights, it changes its logits after the head, or it
+            cannot have the attention or the adapters that are asked for.
     """
     _require_model_path(config.path)
-    architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
-    for name in architecture.to_dict():
-        if name.endswith(("dropout", "pdrop", "dropout_prob")):
-            setattr(architecture, name, 0.0)
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    if weights:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision, config=architecture, **options
-        )
-        _require_plain_head(model)
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture, **options)
-        if generation := _generation_config(config):
-            model.generation_config = generation
+    try:
+        model = _load_model(config, weights)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.policy {config.path} cannot be loaded with {config.attn_implementation} attention: {error}"
+        ) from error
     if config.lora is not None:
         add_adapters(model, config.lora, seed)
     if config.gradient_checkpointing:
@@ -179,6 +176,41 @@ def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Po
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     return Policy(model.train(), config.lora, config.head)
+
+
+def _load_model(config: PolicyConfig, weights: bool) -> Any:
+    architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    for name in architecture.to_dict():
+        if name.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(architecture, name, 0.0)
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if weights:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            config=architecture,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused with the others
+            **options,
+        )
+        _require_all_weights(config.path, found)
+        _require_plain_head(model)
+        return model
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, **options)
+    if generation := _generation_config(config):
+        model.generation_config = generation
+    return model
+
+
+def _require_all_weights(path: str, found: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a model of which Transformers filled a part with random numbers."""
+    wrong = [*sorted(found["missing_keys"]), *(name for name, *_ in sorted(found["mismatched_keys"]))]
+    if wrong:
+        raise ConfigError(
+            f"model.policy {path} lacks {len(wrong)} of its parameters, or has them of another shape: "
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; give a complete model"
+        )
 
 
 def _generation_config(config: PolicyConfig) -> GenerationConfig | None:
@@ -247,10 +279,12 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """Load the tokenizer that lies beside a model.
 
     Raises:
-        ValueError: it has no end-of-sequence token, so no completion could end.
+        ConfigError: there is none, or it has no end-of-sequence token, so no completion could end.
     """
     _require_model_path(path)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what Transformers makes up where no file is
+        raise ConfigError(f"{path} holds no tokenizer; put the model's tokenizer files (tokenizer.json) beside it")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
@@ -270,6 +304,17 @@ def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({*ids, tokenizer.eos_token_id}))
 
 
+def require_place_for_export(target: Path) -> None:
+    """Refuse a place where no model can be written; the folder above it is made.
+
+    Raises:
+        ConfigError: something else than a model lies there, or the folder above cannot be written to.
+    """
+    if target.exists() and not (target / "config.json").exists():
+        raise ConfigError(f"{target} exists and is no exported model, so it is not replaced; choose another folder")
+    make_folder(target.parent, "the exported policy")
+
+
 def export_policy(model: Any, tokenizer: Any, directory: str | os.PathLike[str], state: dict[str, Tensor]) -> Path:
     """Write model and tokenizer as a Hugging Face folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -282,9 +327,7 @@ def export_policy(model: Any, tokenizer: Any, directory: str | os.PathLike[str],
         state: the model's full parameters, on the CPU.
     """
     target = Path(directory)
-    if target.exists() and not (target / "config.json").exists():
-        raise ConfigError(f"{target} exists and is no exported model, so it is not replaced; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    require_place_for_export(target)
     fresh, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -80,8 +80,19 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
             f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
             "trainer.default_root_dir on a file system that all nodes share"
         )
+    interval, iterations = module.trainer.val_check_interval, data.num_iterations
+    if module.trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > iterations:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch is set, and trainer.val_check_interval={interval} is more than "
+            f"data.num_iterations={iterations}; leave check_val_every_n_epoch null, as a run is one epoch"
+        )
     check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
     _check_collection(module, data)
+    if module.num_minibatches > data.batch_size:
+        rank_zero_warn(
+            f"model.num_minibatches is {module.num_minibatches} and data.batch_size {data.batch_size}: an iteration "
+            "takes one optimiser step a completion, no more"
+        )
     if module.policy_config.dtype == "bfloat16" and module.policy_config.lora is None:
         rank_zero_warn(
             "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
@@ -91,6 +102,42 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         rank_zero_warn(
             f"model.sampling has top_p {module.sampling.top_p} and top_k {module.sampling.top_k}: completions come "
             "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
+        )
+
+
+def run_settings(module: SPOModule, data: SPODataModule) -> dict[str, str]:
+    """What makes a run the run it is, by key of the configuration: a resume should not change it."""
+    return {
+        "seed_everything": str(module.seed),
+        "trainer.precision": module.trainer.precision,
+        "model.algorithm": str(module.algorithm),
+        "model.advantage": _described(module.advantage),
+        "model.loss": _described(module.loss),
+        "model.reward": type(module.reward).__name__,  # its workers and time limits may change
+        "model.sampling": str(module.sampling),
+        "model.num_minibatches": str(module.num_minibatches),
+        "data.batch_size": str(data.batch_size),
+        "data.completions_per_prompt": str(data.completions_per_prompt),
+    }
+
+
+def _described(part: object) -> str:
+    plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+    return f"{type(part).__name__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+
+
+def warn_of_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Say what a resumed run does differently from there on.
+
+    Args:
+        saved: ``run_settings`` of the checkpoint.
+        now: those of this process.
+    """
+    changed = [f"{name} was {saved[name]} and is {now[name]}" for name in saved if saved[name] != now[name]]
+    if changed:
+        rank_zero_warn(
+            f"the run goes on with other settings than its checkpoint's: {'; '.join(changed)}. What is compared under "
+            "its name is of both; for a run of its own take another trainer.default_root_dir"
         )
 
 

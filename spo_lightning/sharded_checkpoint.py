@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from spo_lightning.errors import ConfigError
@@ -49,6 +51,40 @@ def require_checkpoint(path: Path) -> None:
             detail = f" ({type(reason).__name__}: {reason})"
     if not isinstance(found, dict) or "spo" not in found:
         raise ConfigError(f"{path} is no checkpoint that spo fit wrote, or is cut off{detail}; take another one")
+
+
+def require_same_weights(path: Path, wanted: Mapping[str, torch.Size]) -> None:
+    """Refuse a checkpoint of another policy than the configured one; tensors are not read.
+
+    Args:
+        path: file, or folder of a sharding strategy.
+        wanted: shapes of the configured policy's parameters, by their names in the module.
+
+    Raises:
+        ConfigError: a parameter is in one of the two only, or has another shape.
+    """
+    saved = {name: shape for name, shape in _weight_shapes(path).items() if name.startswith("policy.")}
+    wrong = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if wrong:
+        there, here = ("none" if of is None else tuple(of) for of in (saved.get(wrong[0]), wanted.get(wrong[0])))
+        raise ConfigError(
+            f"the checkpoint {path} is of another policy than the configured one: {len(wrong)} parameters differ, the "
+            f"first is {wrong[0].removeprefix('policy.model.')} with shape {there} in the checkpoint and {here} here; "
+            "give the model.policy, lora included, that it was trained with"
+        )
+
+
+def _weight_shapes(path: Path) -> dict[str, torch.Size]:
+    if not is_sharded(path):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        return {name: tensor.shape for name, tensor in state.items()}
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    of_weights = {name: entry for name, entry in entries.items() if name.startswith(("model.", "state_dict."))}
+    return {
+        name.partition(".")[2]: entry.size
+        for name, entry in of_weights.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def is_sharded(path: Path) -> bool:

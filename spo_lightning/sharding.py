@@ -9,8 +9,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -28,12 +26,7 @@ from torch.distributed.tensor import DTensor
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import merge_adapters
 from spo_lightning.policy import Policy, decoder_layers, plain_name
-from spo_lightning.sharded_checkpoint import (
-    groups_of_unused_optimizers,
-    is_sharded,
-    require_checkpoint,
-    written_by_fsdp2,
-)
+from spo_lightning.sharded_checkpoint import is_sharded, require_checkpoint, written_by_fsdp2
 from spo_lightning.strategies import FSDP2Strategy
 
 
@@ -59,33 +52,6 @@ def check_checkpoint(path: Path, strategy: Strategy) -> None:
             f"the checkpoint {path} was written by {writer} and cannot be read by {reader}; go on with "
             f"configs/strategy/{writer.lower()}.yaml, with ddp.yaml or single.yaml, or export the policy and start anew"
         )
-
-
-class ShardedResume(_CheckpointConnector):
-    """Lightning's place for loading checkpoints, that a sharded run may also go on from one of its start.
-
-    Lightning and torch look for the state of an optimizer where there is none: in what was saved before the first step,
-    and in anything of an optimizer that keeps none. There its settings are loaded here, and nothing is asked of them.
-    """
-
-    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Load a checkpoint."""
-        strategy, state = self.trainer.strategy, self.trainer.state
-        groups = None
-        if checkpoint_path and is_sharding(strategy) and state.fn == TrainerFn.FITTING:
-            groups = groups_of_unused_optimizers(Path(checkpoint_path))
-        if groups is None:
-            super().resume_start(checkpoint_path, weights_only)
-            return
-        optimizers = strategy.optimizers
-        strategy.optimizers, state.fn = [], TrainerFn.VALIDATING  # what FSDP2 and FSDP go by
-        try:
-            super().resume_start(checkpoint_path, weights_only)
-        finally:
-            strategy.optimizers, state.fn = optimizers, TrainerFn.FITTING
-        for optimizer, settings in zip(optimizers, groups, strict=True):
-            for group, values in zip(optimizer.param_groups, settings, strict=True):
-                group |= values
 
 
 def shard_policy(policy: Policy, strategy: Strategy) -> nn.Module:

@@ -18,8 +18,9 @@ from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
-from spo_lightning.sharded_checkpoint import consolidate, is_sharded
-from spo_lightning.sharding import ShardedResume
+from spo_lightning.policy import require_place_for_export
+from spo_lightning.resume import Resume
+from spo_lightning.sharded_checkpoint import consolidate, is_sharded, require_same_weights
 
 # One epoch holds all iterations of a run; every iteration is logged; validation counts iterations.
 DEFAULTS: dict[str, Any] = {
@@ -51,7 +52,7 @@ class SPOTrainer(Trainer):
         callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
-        self._checkpoint_connector = ShardedResume(self)
+        self._checkpoint_connector = Resume(self)
 
     def validate(
         self,
@@ -134,13 +135,15 @@ class SPOTrainer(Trainer):
             ckpt_path: checkpoint file, or folder of a sharded run, or "last".
             output: folder to write.
         """
+        require_place_for_export(Path(output).expanduser())
+        model.configure_model()
+        require_same_weights(Path(ckpt_path), model.weight_shapes)
         if is_sharded(Path(ckpt_path)):
             checkpoint = consolidate(Path(ckpt_path), optimizers=False)
         else:
             checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-        model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
-        print(f"exported policy: {model.export(output)}")
+        print(f"exported policy: {model.export(Path(output).expanduser())}")
 
 
 def _listed(value: Any) -> list[Any]:

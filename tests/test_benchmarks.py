@@ -393,6 +393,8 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
             read_generations(paths)
     with pytest.raises(FileNotFoundError, match="none.parquet does not exist"):
         read_generations([tmp_path / "none.parquet"])
+    with pytest.raises(IsADirectoryError, match=rf"is a folder; give the files in it, {tmp_path}/\*.parquet"):
+        read_generations([tmp_path])
     assert parquet.read_schema(good).remove_metadata() == SCHEMA
 
 

@@ -47,10 +47,10 @@ class Batches:
         self.data = data
 
     def __len__(self) -> int:
-        return self.data.iterations
+        return self.data.num_iterations
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        for iteration in range(self.data.done, self.data.iterations):
+        for iteration in range(self.data.done, self.data.num_iterations):
             prompts = tuple(prompt((iteration * BATCH + row) % NUM_PROMPTS) for row in range(BATCH))
             index = torch.tensor([p.index for p in prompts])
             yield PromptBatch(iteration, BATCH, 1, prompts, self.data.tracker.baseline(index), {})
@@ -64,7 +64,7 @@ class Data(LightningDataModule):
         self.tracker = ValueTracker(NUM_PROMPTS, ConstantForgetting(0.9))
         self.value_start = PriorStart()
         self.benchmarks: dict[str, Benchmark] = {}
-        self.iterations = iterations
+        self.num_iterations = iterations
         self.done = 0
 
     def train_dataloader(self) -> Batches:
@@ -270,6 +270,22 @@ def test_summary_of_an_interrupted_run(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert text.count("Run stopped by RuntimeError after 3 iterations") == 1
     assert f"CSVLogger in {tmp_path}" in text
+
+
+class FailsAtTheEnd(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise RuntimeError("disk full")
+
+
+def test_the_advice_after_a_failure_goes_by_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="engine lost"):
+        fit(tmp_path, RunSummary(), IterationCheckpoint(2), stop_at=3)
+    text = capsys.readouterr().out
+    assert re.search(r"continue with +the same command and --ckpt_path last", text) and "export with" not in text
+    with pytest.raises(RuntimeError, match="disk full"):
+        fit(tmp_path, RunSummary(), IterationCheckpoint(2), FailsAtTheEnd())
+    text = capsys.readouterr().out
+    assert re.search(r"export with +spo export, .* --ckpt_path last", text) and "continue with" not in text
 
 
 def test_no_summary_of_a_run_that_never_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,18 +4,22 @@ import os
 import random
 import signal
 import time
+import warnings
 import zipfile
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from spo_lightning.algorithms import PPOClipLoss
+from spo_lightning.callbacks import ExportPolicy
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource
 from spo_lightning.errors import ConfigError
+from spo_lightning.lora import LoraSettings
 from spo_lightning.sharded_checkpoint import require_checkpoint
 
-from runs import Recorder, make_run, write_inputs
+from runs import Recorder, make_run, write_inputs, write_policy
 
 
 def save_forever(path: str) -> None:
@@ -189,6 +193,58 @@ def test_another_optimizer_cannot_take_the_state_and_another_rate_is_not_taken(t
             tmp_path, 3, ckpt_path=last, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.5)
         )
     assert recorder.metrics[0]["optimizer/lr"] == pytest.approx(0.01)
+
+
+def test_another_policy_cannot_take_the_weights(tmp_path):
+    fit(tmp_path, 2)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    words = r"2 parameters differ, the first is lm_head.weight with shape \(49, 32\) in the checkpoint and \(60, 32\)"
+    write_policy(tmp_path / "start", vocab_size=60)
+    with pytest.raises(ConfigError, match=f"is of another policy than the configured one: {words} here; give the"):
+        fit(tmp_path, 3, ckpt_path=last)
+    write_policy(tmp_path / "start")
+    with pytest.raises(ConfigError, match="base_layer.weight with shape none in the checkpoint .* lora included, that"):
+        fit(tmp_path, 3, ckpt_path=last, policy={"lora": LoraSettings(rank=2)})
+    trainer, module, data = make_run(tmp_path, policy={"lora": LoraSettings(rank=2)})
+    with pytest.raises(ConfigError, match="is of another policy"):
+        trainer.export(module, data, last, str(tmp_path / "exported"))
+    assert not (tmp_path / "exported").exists()
+
+
+def test_what_a_resume_changes_is_warned_of_and_nothing_else(tmp_path):
+    fit(tmp_path, 1)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the run goes on with other settings")
+        fit(tmp_path, 2, ckpt_path=last)
+    with pytest.warns(UserWarning, match="the run goes on with other settings") as warned:
+        fit(tmp_path, 3, ckpt_path=last, seed=7, loss=PPOClipLoss(clip_ratio_low=0.3), data={"batch_size": 2})
+    (message,) = [str(w.message) for w in warned if "other settings" in str(w.message)]
+    changed = message.partition(": ")[2].partition(". What is compared")[0].split("; ")
+    assert [change.partition(" was ")[0] for change in changed] == ["seed_everything", "model.loss", "data.batch_size"]
+    assert changed[0] == "seed_everything was 0 and is 7" and changed[2] == "data.batch_size was 4 and is 2"
+
+
+@pytest.mark.parametrize("where", ["dirpath", "root"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_done(tmp_path, where):
+    write_inputs(tmp_path)
+    (tmp_path / "file").touch()
+    callback, recorder = IterationCheckpoint(dirpath=str(tmp_path / "file") if where == "dirpath" else None), Recorder()
+    if where == "root":
+        (tmp_path / "checkpoints").touch()
+    trainer, module, data = make_run(tmp_path, callbacks=[callback, recorder], trainer={"enable_checkpointing": True})
+    with pytest.raises(ConfigError, match="checkpoint.dirpath needs the folder .* which cannot be used: File exists"):
+        trainer.fit(module, data)
+    assert recorder.batches == []
+
+
+def test_an_export_that_would_replace_something_else_is_refused_before_anything_is_done(tmp_path):
+    write_inputs(tmp_path)
+    recorder = Recorder()
+    trainer, module, data = make_run(tmp_path, callbacks=[ExportPolicy(dirpath=str(tmp_path)), recorder])
+    with pytest.raises(ConfigError, match=f"{tmp_path} exists and is no exported model, so it is not replaced"):
+        trainer.fit(module, data)
+    assert recorder.batches == []
 
 
 @pytest.mark.parametrize("interval", [2, 1.0])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from spo_lightning.data import (
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.types import BenchmarkBatch, Outcome, PromptBatch, StoredCompletion
 
-from tiny_models import make_byte_tokenizer
+from tiny_models import make_byte_tokenizer, make_char_tokenizer
 
 FACTOR = 0.9
 
@@ -60,8 +63,9 @@ def make(tokenizer_path: str, train_file: Path) -> Callable[..., SPODataModule]:
             "batch_size": 4,
             "instruction": "",
             "forgetting": ConstantForgetting(FACTOR),
+            "tokenizer_path": tokenizer_path,
         }
-        return SPODataModule(tokenizer_path=tokenizer_path, **{**defaults, **options})
+        return SPODataModule(**{**defaults, **options})
 
     return build
 
@@ -414,6 +418,37 @@ def test_what_is_left_out_is_warned_of(tmp_path, make):
     messages = [str(warning.message) for warning in warned]
     assert any("1 rows repeat an earlier problem and answer" in m for m in messages)
     assert any("1 of 3 prompts have more than max_prompt_tokens=4 tokens" in m for m in messages)
+
+
+@pytest.mark.parametrize(("choice", "told"), [("auto", True), ("never", False)])
+def test_a_tokenizer_without_chat_template_is_told_of(tmp_path, make, caplog, choice, told):
+    tokenizer = make_char_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        make(tokenizer_path=str(tmp_path), chat_template=choice).setup("fit")
+    assert ("the tokenizer has no chat template" in caplog.text) is told
+
+
+def test_rewards_outside_the_weights_range_are_warned_of_once(make):
+    def observe(data, *rewards):
+        batch = data.stream.draw()
+        outcome = outcome_of(batch)
+        data.observe(replace(outcome, reward=torch.tensor(rewards, dtype=torch.float64)))
+
+    data = make(batch_size=2)
+    data.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observe(data, 0.0, 1.0)
+    with pytest.warns(UserWarning, match=r"rewards reach from -1 to 1, and data.prompt_weights expects .* \[0, 1\]"):
+        observe(data, -1.0, 1.0)
+    fitting = make(batch_size=2, prompt_weights=PrioritizedWeights(reward_min=-1, reward_max=1))
+    fitting.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observe(data, -1.0, 1.0)
+        observe(fitting, -1.0, 1.0)
 
 
 def test_there_is_no_run_before_setup(make):

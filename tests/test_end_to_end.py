@@ -200,6 +200,18 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--trainer.default_root_dir=/dev/null/x"], ["cannot write to trainer.default_root_dir"]),
         (["--model.policy.path=some/where/else"], ["no folder some/where/else"]),
         (["--config=configs/tools/code_tags.yaml"], ["the tokenizer does not give <code>"]),
+        (["--trainer.devices=0"], ["devices='0'", "not a valid input"]),
+        (["--trainer.val_check_interval=0.5"], ["`val_check_interval` should be an integer"]),
+        (
+            ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=50"],
+            ["trainer.val_check_interval=50 is more than data.num_iterations=8"],
+        ),
+        (["--model.policy.attn_implementation=quick"], ["cannot be loaded with quick attention"]),
+        (["--model.engine=VLLMServeEngine"], ["Did you mean: VLLMServerEngine, VLLMEngine"]),
+        (["--model.policy.lora.ranc=3"], ["Option 'ranc' is not accepted", "Did you mean: rank?"]),
+        (["--checkpoint.dirpath=README.md"], ["checkpoint.dirpath needs the folder README.md"]),
+        (["--export_policy.dirpath=tests"], ["tests exists and is no exported model"]),
+        (["--trainer.logger.tracking_uri=sqlite:////dev/null/x/m.db"], ["tracking_uri needs the folder /dev/null/x"]),
     ],
     ids=lambda value: value[0] if value[0].startswith("--") else "",
 )
@@ -213,6 +225,15 @@ def test_mistakes_end_with_a_message(tmp_path, monkeypatch, capfd, arguments, wo
     output = "".join(capfd.readouterr())
     for word in words:
         assert word in output
+    assert "Run " not in output  # the summary of what was done
+
+
+def test_a_run_without_configuration_is_told_what_is_missing(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["spo", "fit"])
+    with pytest.raises(SystemExit) as end:
+        SPOCLI()
+    assert end.value.code == 2
+    assert "model.policy.path has no default; give it, or a whole configuration: --config" in capfd.readouterr().err
 
 
 def test_a_mistake_ends_the_program_with_status_2_and_no_traceback(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from spo_lightning.data import DrawValues, ValueFile
+from spo_lightning.errors import ConfigError
 from spo_lightning.types import SamplingParams
 
 from runs import Recorder, digit_share, make_run
@@ -63,6 +64,18 @@ def test_undecided_completions_do_not_count(tmp_path):
 def test_the_suffix_is_checked_before_anything_is_drawn(tmp_path):
     with pytest.raises(ValueError, match="ends in .parquet or .jsonl"):
         estimate(tmp_path, "values.csv")
+
+
+def test_the_folder_is_tried_before_anything_is_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"output needs the folder {tmp_path}/file, which cannot be .*: File exists"):
+        estimate(tmp_path, "file/values.parquet")
+
+
+def test_a_drawn_start_whose_rewards_the_prior_cannot_take_is_refused(tmp_path):
+    trainer, model, data = make_run(tmp_path, lambda *texts: -1.0, data={"value_start": DrawValues(2)})
+    with pytest.raises(ConfigError, match=r"reward sum of -2.0 over 2 completions; .* set data.smoothing to none"):
+        trainer.fit(model, data)
 
 
 def test_fit_draws_the_start_that_estimate_would_write(tmp_path):

@@ -19,6 +19,8 @@ LIGHTNING_ROOMS = (
     "callbacks/",
     "logger.py",
     "cli.py",
+    "parser.py",
+    "resume.py",
     "trainer.py",
     "sharding.py",
     "strategies.py",

@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.tracking import MlflowClient
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.mlflow_run import MlflowRun, flatten, public_uri
 from spo_lightning.outbox import MAX_GROUP, Outbox, Record, RequestRefused, ServerAway
@@ -277,6 +278,20 @@ def test_a_test_between_leaves_the_parameters_of_the_next_resume_alone(make: Mak
     assert second.unsent_folder is None
 
 
+def test_the_tags_that_runs_are_compared_by_are_those_of_the_first_process(make: MakeLogger, tmp_path: Path) -> None:
+    first, second = make(), make()
+    first.log_run_tags({"seed": "0"})
+    second.resume_from(tmp_path / "root")
+    second.log_run_tags({"seed": "1"})
+    tags = second.experiment.get_run(first.run_id).data.tags
+    assert (tags["seed"], tags["resume_1/seed"]) == ("0", "1")
+    second.experiment.delete_run(first.run_id)
+    anew = make()
+    anew.resume_from(tmp_path / "root")
+    anew.log_run_tags({"seed": "2"})
+    assert anew.experiment.get_run(anew.run_id).data.tags["seed"] == "2"
+
+
 def test_only_a_training_names_the_run_of_its_folder(make: MakeLogger, tmp_path: Path) -> None:
     first = make()
     first.log_metrics({"a": 1.0}, 0)
@@ -355,21 +370,21 @@ def test_resuming_a_run_that_is_gone(make: MakeLogger, tmp_path: Path, caplog: p
     assert f"run {first.run_id} is deleted" in caplog.text
 
     for run_id, state in ((first.run_id, "deleted"), ("nosuchrun", "unknown")):
-        with pytest.raises(RuntimeError, match=f"run {run_id} is {state}.*correct or leave out run_id"):
+        with pytest.raises(ConfigError, match=f"run {run_id} is {state}.*correct or leave out run_id"):
             _ = make(run_id=run_id).experiment
 
 
 def test_a_deleted_experiment_is_named(make: MakeLogger) -> None:
     logger = make(experiment_name="old")
     logger.experiment.delete_experiment(logger.experiment_id)
-    with pytest.raises(RuntimeError, match="experiment 'old' is deleted.*mlflow experiments restore -x"):
+    with pytest.raises(ConfigError, match="experiment 'old' is deleted.*mlflow experiments restore -x"):
         _ = make(experiment_name="old").experiment
 
 
 def test_bad_run_file(make: MakeLogger, tmp_path: Path) -> None:
     path = tmp_path / "mlflow_run.json"
     path.write_text('{"run": 1}')
-    with pytest.raises(ValueError, match="does not name an MLflow run.*remove it"):
+    with pytest.raises(ConfigError, match="does not name an MLflow run.*remove it"):
         make().resume_from(path)
 
 

@@ -1,13 +1,17 @@
 """Scoring and differentiating the policy against the plain computation on full logits, in float64."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.distributed import Ranks
+from spo_lightning.errors import ConfigError
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.micro_batches import MicroBatching
@@ -195,6 +199,43 @@ def test_models_that_transform_logits_after_the_head_are_refused(tmp_path):
         load_policy(PolicyConfig(str(tmp_path), attn_implementation="eager"))
 
 
+def edit(path: Path, change) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+DAMAGED = {
+    "without weights": (lambda file: file.unlink(), "cannot be loaded with sdpa attention: .*no file named"),
+    "without configuration": (lambda file: (file.parent / "config.json").unlink(), "cannot be loaded .*config.json"),
+    "cut off": (lambda file: os.truncate(file, 1000), "cannot be loaded with sdpa attention: .*header"),
+    "without a parameter": (
+        lambda file: edit(file, lambda weights: weights.pop(NORM)),
+        f"lacks 1 of its parameters, or has them of another shape: {NORM}; give a complete",
+    ),
+    "another shape": (
+        lambda file: edit(file, lambda weights: weights.update({NORM: torch.ones(5)})),
+        f"lacks 1 of its parameters, or has them of another shape: {NORM}; give a complete",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_model_is_refused(tmp_path, damage, words):
+    make_model(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"model.policy {tmp_path} {words}"):
+        load_policy(PolicyConfig(str(tmp_path)))
+
+
+def test_an_attention_that_is_not_there_is_refused(tmp_path):
+    make_model(tmp_path)
+    for weights in (True, False):
+        with pytest.raises(ConfigError, match="cannot be loaded with quick attention: .*not supported"):
+            load_policy(PolicyConfig(str(tmp_path), attn_implementation="quick"), weights=weights)
+
+
 def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences):
     make_model(tmp_path)
     gradients = []
@@ -231,6 +272,12 @@ def test_eos_tokens_are_those_of_generation_config_and_tokenizer():
     assert eos_token_ids(model, tokenizer) == (1,)
     model.generation_config.eos_token_id = [7, 5]
     assert eos_token_ids(model, tokenizer) == (1, 5, 7)
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path):
+    make_model(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no tokenizer; put the model's tokenizer files"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_end_token_is_refused(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -140,11 +139,7 @@ def test_special_tokens_are_written_once():
     assert ids[0] == bos and ids.count(bos) == 1
 
 
-def test_missing_template_is_logged_or_refused(plain, caplog):
-    with caplog.at_level(logging.INFO, logger="spo_lightning"):
-        PromptFormatter(plain)
-    assert [record.message for record in caplog.records].count(caplog.messages[0]) == 1
-    assert "no chat template" in caplog.messages[0]
+def test_missing_template_is_refused_where_it_is_needed(plain):
     with pytest.raises(ValueError, match="'always', but the tokenizer has none"):
         PromptFormatter(plain, chat_template="always")
     with pytest.raises(ValueError, match="system_prompt is 'x'.*chat_template_kwargs is"):
@@ -304,6 +299,9 @@ def test_folder_goes_through_datasets_with_its_splits(tmp_path, plain, monkeypat
     assert load(folder, plain, split="test[:1]").references == ["2"]
     with pytest.raises(ValueError, match="no column 'question'"):
         load(folder, plain, prompt_column="question")
+    (folder / "train.jsonl").write_text('{"prompt": "a", "answer": 1}\n{"prompt": ')
+    with pytest.raises(ValueError, match=f"{folder} cannot be loaded by datasets: .*JSON"):
+        load(folder, plain)
 
 
 def test_source_collects_every_problem():

@@ -24,7 +24,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.module import SPOModule
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.rewards import ExactMatchReward
 from spo_lightning.run_checks import check_trainer
+from spo_lightning.sharded_checkpoint import require_same_weights
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
@@ -52,7 +56,7 @@ from rank_runs import (
     tool_settings,
     train_on_two_processes,
 )
-from runs import make_run, write_inputs
+from runs import make_run, write_inputs, write_policy
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +356,19 @@ def test_what_can_be_read_is_not_refused(folder, strategy):
     last = folder / f"{strategy}-checkpoints" / "last.ckpt"
     for reader in (STRATEGIES[strategy](), DDPStrategy(), SingleDeviceStrategy()):
         check_checkpoint(last, reader)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_sharded_checkpoint_of_another_policy_is_refused(folder, strategy, tmp_path):
+    last = folder / f"{strategy}-checkpoints" / "last.ckpt"
+    module = SPOModule(PolicyConfig(str(folder / "start")), ExactMatchReward())
+    module.configure_model()
+    require_same_weights(last, module.weight_shapes)
+    write_policy(tmp_path, num_layers=3)
+    other = SPOModule(PolicyConfig(str(tmp_path)), ExactMatchReward())
+    other.configure_model()
+    with pytest.raises(ConfigError, match=r"model\.layers\.2\.\S+ with shape none in the checkpoint and \(\d"):
+        require_same_weights(last, other.weight_shapes)
 
 
 @pytest.mark.parametrize("strategy", [CPUFSDPStrategy(), FSDP2Strategy()])

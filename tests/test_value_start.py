@@ -164,7 +164,7 @@ def test_malformed_recipe_scores(tmp_path, dataset, content, message):
 
 @pytest.mark.parametrize("start", [ValueFile("nowhere.parquet"), RecipeScores("nowhere.json")])
 def test_missing_files(dataset, start):
-    with pytest.raises(FileNotFoundError, match="nowhere.* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\S+ does not exist \(looked in .*\); correct [^,]*$"):
         start.load(dataset)
 
 

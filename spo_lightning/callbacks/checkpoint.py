@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues
+from spo_lightning.folders import make_folder
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 from spo_lightning.types import PromptBatch
 
@@ -81,7 +82,7 @@ class IterationCheckpoint(Checkpoint):
 
     def directory(self, trainer: Trainer) -> Path:
         """Where the checkpoints of this run are."""
-        return Path(self.dirpath) if self.dirpath else Path(trainer.default_root_dir) / "checkpoints"
+        return Path(self.dirpath).expanduser() if self.dirpath else Path(trainer.default_root_dir) / "checkpoints"
 
     def find_last(self, trainer: Trainer) -> Path | None:
         """The newest checkpoint, or ``None``."""
@@ -89,6 +90,13 @@ class IterationCheckpoint(Checkpoint):
         if last.exists():
             return last.resolve()
         return max(self.directory(trainer).glob("iteration-*.ckpt"), default=None)
+
+    def is_of_last_iteration(self, trainer: Trainer) -> bool:
+        """Whether what was saved last leaves nothing to go on with."""
+        return self.last_model_path == str(self._path(trainer, _data(trainer).num_iterations))
+
+    def _path(self, trainer: Trainer, done: int) -> Path:
+        return self.directory(trainer) / f"iteration-{done:06d}.ckpt"
 
     def _set_aside(self, trainer: Trainer) -> None:
         """Move another run's checkpoints out of the way, at the first save and not before: a run may fail to start."""
@@ -99,6 +107,11 @@ class IterationCheckpoint(Checkpoint):
         target = directory.with_name(f"{directory.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
         directory.rename(target)
         rank_zero_info(f"checkpoints of an earlier run moved to {target}; continue it with --ckpt_path {target}/{LAST}")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a place that could not be written to."""
+        if stage == "fit" and trainer.is_global_zero:
+            make_folder(self.directory(trainer), "checkpoint.dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep what a killed run left half-written; save a start that was expensive to draw."""
@@ -147,7 +160,7 @@ class IterationCheckpoint(Checkpoint):
         self._requested = False
         if not self.last_model_path and trainer.is_global_zero:
             self._set_aside(trainer)
-        path = self.directory(trainer) / f"iteration-{done:06d}.ckpt"
+        path = self._path(trainer, done)
         partial = path.with_name(f"{path.name}.partial")
         trainer.save_checkpoint(partial, weights_only=False)  # a file or, from a sharding strategy, a folder
         self.last_model_path = str(path)

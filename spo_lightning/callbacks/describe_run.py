@@ -23,7 +23,7 @@ class DescribeRun(SaveConfigCallback):
             if isinstance(logger, SPOMLFlowLogger):
                 logger.log_config(self.parser.dump(self.config, skip_none=False))
                 if not logger.visits:  # a test may leave out what the training was configured with
-                    logger.log_tags(run_tags(trainer, pl_module))  # type: ignore[arg-type]
+                    logger.log_run_tags(run_tags(trainer, pl_module))  # type: ignore[arg-type]
                 _log_datasets(logger, trainer.datamodule)  # type: ignore[attr-defined]
 
 

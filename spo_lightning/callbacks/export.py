@@ -8,6 +8,7 @@ from typing import cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spo_lightning.module import SPOModule
+from spo_lightning.policy import require_place_for_export
 
 
 class ExportPolicy(Callback):
@@ -22,7 +23,15 @@ class ExportPolicy(Callback):
         self.at_end = at_end
         self.dirpath = dirpath
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a place that could not be written to at the end."""
+        if stage == "fit" and self.at_end and trainer.is_global_zero:
+            require_place_for_export(self._directory(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export; all ranks take part, rank 0 writes."""
         if self.at_end:
-            cast(SPOModule, pl_module).export(self.dirpath or Path(trainer.default_root_dir) / "policy")
+            cast(SPOModule, pl_module).export(self._directory(trainer))
+
+    def _directory(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath).expanduser() if self.dirpath else Path(trainer.default_root_dir) / "policy"

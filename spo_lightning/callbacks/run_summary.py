@@ -77,7 +77,7 @@ class RunSummary(Callback):
         self._print(trainer, pl_module, f"stopped by {type(exception).__name__}")
         saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
         if saved and trainer.is_global_zero:
-            print("  continue with     the same command and --ckpt_path last", flush=True)
+            print(_listed([_next_step(trainer)]), flush=True)
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
         if not self._iterations or not trainer.is_global_zero:
@@ -96,6 +96,13 @@ class RunSummary(Callback):
         shares = {**self._stage_seconds, "other": other}
         split = ", ".join(f"{stage} {seconds / self._seconds:.0%}" for stage, seconds in shares.items())
         yield "time", f"{1000 * self._seconds / self._completions:.1f} s per 1,000 completions: {split}"
+
+
+def _next_step(trainer: Trainer) -> tuple[str, str]:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, IterationCheckpoint) and callback.is_of_last_iteration(trainer):
+            return "export with", "spo export, the configuration, --ckpt_path last --output FOLDER"
+    return "continue with", "the same command and --ckpt_path last"
 
 
 def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:
@@ -142,4 +149,4 @@ def _mlflow_places(logger: SPOMLFlowLogger) -> Iterator[tuple[str, str]]:
         page = f"experiments/{logger.experiment_id}/runs/{logger.run_id}?workflowType=machine_learning"
         yield "see the run at", f"{server}/#/{page}"
     if logger.unsent_folder is not None:
-        yield "not sent yet", str(logger.unsent_folder)
+        yield "not in MLflow", str(logger.unsent_folder)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from spo_lightning.algorithms import Smoothing
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues, StartValues, ValueRow
+from spo_lightning.errors import ConfigError
 from spo_lightning.module import SPOModule
 from spo_lightning.types import PromptBatch
 
@@ -56,7 +57,7 @@ def _check_range(rows: Sequence[ValueRow], smoothing: Smoothing) -> None:
     """Refuse rewards that the tracker's start cannot take at the first batch, not after the last."""
     outside = [row for row in rows if not 0 <= row.reward_sum <= row.n]
     if smoothing == "jeffreys" and outside:
-        raise ValueError(
+        raise ConfigError(
             f"prompt {outside[0].id} has a reward sum of {outside[0].reward_sum} over {outside[0].n} completions; "
             "Jeffreys' prior needs rewards in [0, 1], set data.smoothing to none"
         )

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spo_lightning.data.value_start import ValueRow, write_values
 from spo_lightning.errors import ConfigError
+from spo_lightning.folders import make_folder
 
 
 class ValueWriter(Callback):
@@ -23,14 +24,16 @@ class ValueWriter(Callback):
         settings: what the values depend on; rows drawn under other settings are not mixed in.
 
     Raises:
-        ValueError: the suffix is unknown, or the partial file was drawn under other settings.
+        ConfigError: the suffix is unknown, the folder cannot be written to, or the partial file was drawn under other
+            settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
         if output.suffix not in (".parquet", ".jsonl"):
             raise ConfigError(f"output is {output}; a value file ends in .parquet or .jsonl")
-        self.output = output
-        self.partial = output.with_name(f"{output.name}.partial")
+        self.output = output.expanduser()
+        make_folder(self.output.parent, "output")
+        self.partial = self.output.with_name(f"{output.name}.partial")
         self.settings = settings
         self.rows = self._read_partial()
 
@@ -55,7 +58,6 @@ class ValueWriter(Callback):
         if not trainer.is_global_zero:
             return
         if not self.partial.exists():
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_text(json.dumps(self.settings) + "\n")
             return
         with self.partial.open("r+b") as file:  # a kill may have left half a line

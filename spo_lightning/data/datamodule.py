@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from spo_lightning.algorithms import (
     ForgettingRule,
@@ -131,6 +131,8 @@ class SPODataModule(LightningDataModule):
         self._new_tracker = partial(
             ValueTracker, forgetting=forgetting, initial_effective_count=initial_effective_count
         )
+        self.prompt_weights = prompt_weights
+        self._range_is_wrong = False
         self._new_sampler = partial(PrioritizedBatchSampler, prompt_weights, batch_size, completions_per_prompt, seed)
         self.benchmark_prompts: dict[str, PromptDataset] = {}
         self._stream: TrainingStream | None = None
@@ -207,6 +209,8 @@ class SPODataModule(LightningDataModule):
             if self.tool_use is not None:
                 self.tool_use.format.check(self.tokenizer, self.tool_use.tools)
             self._formatter = PromptFormatter(self.tokenizer, **self._format_options)
+            if not (self._formatter.uses_template or self._format_options["chat_template"] == "never"):
+                rank_zero_info("the tokenizer has no chat template: prompts are given to the policy as plain text")
         dataset = load_prompts(source, self._formatter, self.max_prompt_tokens)
         if dataset.num_merged:
             rank_zero_warn(
@@ -292,7 +296,21 @@ class SPODataModule(LightningDataModule):
         Returns:
             The metrics of ``TrainingStream.observe``.
         """
+        self._warn_of_range(outcome)
         return self.stream.observe(outcome)
+
+    def _warn_of_range(self, outcome: Outcome) -> None:
+        weights = self.prompt_weights
+        if self._range_is_wrong or not isinstance(weights, PrioritizedWeights) or not len(outcome.reward):
+            return
+        least, most = outcome.reward.aminmax()
+        self._range_is_wrong = bool(least < weights.reward_min or most > weights.reward_max)
+        if self._range_is_wrong:
+            rank_zero_warn(
+                f"rewards reach from {least:g} to {most:g}, and data.prompt_weights expects them within "
+                f"[{weights.reward_min:g}, {weights.reward_max:g}]: prompts of values outside are drawn least, as if "
+                "nothing could be learned of them; set reward_min and reward_max of PrioritizedWeights"
+            )
 
     # Loaders
 

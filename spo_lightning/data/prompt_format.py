@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
 
 ChatTemplate = Literal["auto", "always", "never"]
 Message = dict[str, str]
@@ -24,9 +22,8 @@ class PromptFormatter:
             two line breaks in front it is glued to the problem's last word.
         system_prompt: put before a conversation that does not begin with a system message of its own. Needs a chat
             template.
-        chat_template: "auto" applies the tokenizer's chat template if it has one and logs when it has none, "always"
-            demands one, "never" gives the model the plain text with the tokenizer's own special tokens (what a base
-            model expects).
+        chat_template: "auto" applies the tokenizer's chat template if it has one, "always" demands one, "never" gives
+            the model the plain text with the tokenizer's own special tokens (what a base model expects).
         chat_template_kwargs: variables for the template, e.g. ``{"enable_thinking": false}`` for Qwen3.
         tools: JSON schemas of the tools that the chat template tells of.
         tool_instruction: put in front of the first user message exactly as given, where ReTool's prompts tell of the
@@ -69,8 +66,6 @@ class PromptFormatter:
         problems += self._tool_problems()
         if problems:
             raise ValueError("bad prompt format: " + "; ".join(problems))
-        if chat_template == "auto" and not has_template:
-            _log.info("the tokenizer has no chat template: prompts are given to the policy as plain text")
 
     def _tool_problems(self) -> list[str]:
         if self._tools is None:

@@ -88,7 +88,7 @@ class PromptSource:
         path = Path(self.path).expanduser()
         if not path.is_file():
             if not path.is_dir() and looks_local(self.path):
-                raise _no_such_file(path)
+                raise _no_such_file(path, ", or give a hub name of the form org/name")
             return _select(
                 self.path, _read_dataset(self, str(path) if path.is_dir() else self.path), self.columns, self.max_rows
             )
@@ -125,10 +125,8 @@ def read_file(path: Path, columns: Sequence[str], max_rows: int | None = None) -
     return _select(str(path), reader(path, columns), columns, max_rows)
 
 
-def _no_such_file(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{path} does not exist (looked in {Path.cwd()}); correct the path, or give a hub name of the form org/name"
-    )
+def _no_such_file(path: Path, otherwise: str = "") -> FileNotFoundError:
+    return FileNotFoundError(f"{path} does not exist (looked in {Path.cwd()}); correct the path{otherwise}")
 
 
 def _select(where: str, table: _Table, columns: Sequence[str], max_rows: int | None) -> list[Row]:
@@ -149,7 +147,7 @@ def _select(where: str, table: _Table, columns: Sequence[str], max_rows: int | N
 
 def _read_dataset(source: PromptSource, path: str) -> _Table:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
         dataset = load_dataset(
@@ -160,6 +158,8 @@ def _read_dataset(source: PromptSource, path: str) -> _Table:
             f"cannot load {source.path!r} from the Hugging Face hub: {error}. Check name and network; without network, "
             "copy the data to this machine as .jsonl, .json, .csv or .parquet and set path to that file"
         ) from error
+    except DatasetsError as error:
+        raise ValueError(f"{source.path} cannot be loaded by datasets: {error.__cause__ or error}") from error
     wanted = [c for c in source.columns if c in dataset.column_names]
     return dataset.column_names, dataset.select_columns(wanted)
 

@@ -27,15 +27,14 @@ class FunctionReward(Reward):
         function: the function, or where to import it from, ``"package.module:name"``.
 
     Raises:
-        ValueError: the import string has no module, or names nothing.
-        TypeError: what it names cannot be called.
+        ValueError: the import string has no module, or names nothing that can be called.
     """
 
     def __init__(self, function: str | Callable[[str, str, str], float | None]) -> None:
         self.function = _load(function) if isinstance(function, str) else function
         self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if not callable(self.function):
-            raise TypeError(f"{self.name} is {self.function!r}; a reward function must be callable")
+            raise ValueError(f"{self.name} is {self.function!r}; a reward function must be callable")
 
     def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
         """One grade a completion, in order.

@@ -1,0 +1,99 @@
+"""The command line's parser: short names of classes, what a changed class keeps, errors that name what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from pydoc import locate
+from typing import Any, NoReturn, cast
+
+import torch
+from jsonargparse import _typehints
+from lightning.pytorch.cli import LightningArgumentParser
+
+from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
+from spo_lightning.data.value_start import ValueStart
+from spo_lightning.protocols import Reward, RolloutEngine
+
+# For their short names.
+from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401
+from spo_lightning.rollouts.transformers_engine import TransformersEngine  # noqa: F401
+from spo_lightning.rollouts.vllm_engine import VLLMEngine  # noqa: F401
+from spo_lightning.rollouts.vllm_server import VLLMServerEngine  # noqa: F401
+
+# Classes whose subclasses have short names in a configuration.
+SEAMS = (
+    AdvantageEstimator,
+    DriftEstimator,
+    ForgettingRule,
+    PolicyLoss,
+    PromptWeights,
+    Reward,
+    RolloutEngine,
+    ValueStart,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+
+_discard = _typehints.discard_init_args_on_class_path_change
+
+
+def _forget_defaults(parser_or_action: Any, before: Any, value: Any) -> None:
+    """Drop the former class's defaults when a class is changed, so that the new class's own count.
+
+    jsonargparse carries over every argument that the new class has too, GSPO would have PPO's clip range, for one.
+    What differs from the former class's defaults was asked for, and is carried over as there.
+    """
+    former = before["class_path"] if before and "init_args" in before else None
+    if former is not None and former != value["class_path"]:
+        defaults = _typehints.ActionTypeHint.get_class_parser(former).get_defaults()
+        for name in [name for name, kept in before["init_args"].items(branches=True, nested=False)]:
+            if name in defaults and before["init_args"][name] == defaults[name]:
+                before["init_args"].pop(name)
+    _discard(parser_or_action, before, value)
+
+
+_typehints.discard_init_args_on_class_path_change = _forget_defaults
+
+
+class SPOArgumentParser(LightningArgumentParser):
+    """Refuses abbreviated flags, and names the key that was probably meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, with a suggestion and without pages of usage, and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        print(f"error: {message}{_suggestion(message, parser)}", file=sys.stderr)
+        print(f"every key: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
+        self.exit(2)
+
+
+def _suggestion(message: str, parser: Any) -> str:
+    """The keys, or the classes, that were probably meant; empty when nothing is close."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+    wrong_class = re.search(r"Expected a dot import path string: (\w+)", message)
+    option = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
+    missing = re.search(r'Parser key "([\w.]+)":\s+Expected .* Got value: None', message)
+    if missing:
+        return f"\n{missing[1]} has no default; give it, or a whole configuration: --config configs/quickstart.yaml"
+    if unknown:
+        meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
+    elif wrong_class:
+        meant, known = wrong_class.group(1), sorted({name for base in SEAMS for name in _class_names(base)})
+    elif option:
+        meant, known = option[2], list(inspect.signature(cast(type, locate(option[1]))).parameters)
+    else:
+        return ""
+    matches = difflib.get_close_matches(meant, known, n=3)
+    return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
+
+
+def _class_names(base: type) -> list[str]:
+    children: list[type] = base.__subclasses__()
+    return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
