@@ -37,6 +37,7 @@ from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
 from spo_lightning.parser import SPOArgumentParser
+from spo_lightning.sharded_checkpoint import require_same_policy
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
@@ -147,6 +148,9 @@ class SPOCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what cannot work before anything starts; find the checkpoint to resume from."""
         self._lock_folder()
+        if self.trainer.is_global_zero:
+            self._checkpoints.require_place(self.trainer)
+            self._get(self.config_init, "export_policy").require_place(self.trainer)
         self._load_data("fit")
         self._resolve_checkpoint()
 
@@ -219,6 +223,7 @@ class SPOCLI(LightningCLI):
             _fail(f"--ckpt_path {asked} does not exist; give a file, or last")
         if path is not None:
             check_checkpoint(path, self.trainer.strategy)
+            require_same_policy(path, self.model.policy_config)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
         for logger in self._mlflow_loggers if path is not None else []:
             logger.resume_from(self.trainer.default_root_dir)

@@ -37,10 +37,13 @@ def score(policy: nn.Module, sequences: Sequence[TokenSequence], micro: MicroBat
     """
     plan = micro.plan([len(sequence) for sequence in sequences], ranks.world_size)
     mine: dict[int, Tensor] = {}
+    training = policy.training
+    policy.eval()  # always: a compiled policy has graphs for either mode, and torch stops compiling after a few
     for rows in plan.ranks[ranks.rank]:
         batch = micro.build([sequences[row] for row in rows])
         logprobs, _ = _logprobs(policy, batch, micro.temperature)
         mine.update(_by_row(rows, logprobs, batch.lengths))
+    policy.train(training)
     _release(policy)
     return _merge(mine, len(sequences), ranks)
 

@@ -192,15 +192,8 @@ class SPOMLFlowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run, replacing those of the same name."""
+        """Set tags of the run, replacing those of the same name; what a resume changed goes to ``resume_N/name``."""
         self._put({"tags": dict(tags)})
-
-    @rank_zero_only
-    def log_run_tags(self, tags: Mapping[str, str]) -> None:
-        """Set the tags that runs are compared by. Those of the N-th resume go to ``resume_N/name``."""
-        self._start()
-        prefix = f"resume_{self._run.num_resumes}/" if self._resumed and self._run.num_resumes else ""
-        self.log_tags({f"{prefix}{name}": text for name, text in tags.items()})
 
     @rank_zero_only
     def log_dataset(self, name: str, source: Mapping[str, Any], digest: str, num_rows: int, context: str) -> None:
@@ -323,7 +316,10 @@ class SPOMLFlowLogger(MLFlowLogger):
         if self._started:
             return
         if self._tracking_uri.startswith(SQLITE):
-            make_folder(Path(self._tracking_uri.removeprefix(SQLITE)).parent, "trainer.logger's tracking_uri")
+            database = Path(self._tracking_uri.removeprefix(SQLITE))
+            if database.is_dir():
+                raise ConfigError(f"trainer.logger's tracking_uri names the folder {database}; add a file name")
+            make_folder(database.parent, "trainer.logger's tracking_uri")
         elif self._tracking_uri.startswith("http"):
             for name, value in HTTP_DEFAULTS.items():
                 os.environ.setdefault(name, value)

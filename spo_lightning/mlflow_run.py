@@ -221,8 +221,13 @@ class MlflowRun:
             self.client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS_PER_REQUEST])
 
     def _send_tags(self, tags: Mapping[str, str]) -> None:
+        """A resume leaves the tags that a run has: one that differs goes to ``resume_N/name``."""
         from mlflow.entities import RunTag
 
+        if self.num_resumes:
+            held = self.client.get_run(self.run_id).data.tags
+            changed = {name for name, value in tags.items() if held.get(name, value) != value}
+            tags = {f"resume_{self.num_resumes}/{name}" if name in changed else name: tags[name] for name in tags}
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _send_dataset(self, fields: Mapping[str, str], context: str) -> None:

@@ -59,7 +59,6 @@ from spo_lightning.policy import (
     export_policy,
     load_policy,
     load_tokenizer,
-    plain_name,
     tells_packed_sequences_apart,
 )
 from spo_lightning.policy_update import PolicyUpdate
@@ -69,15 +68,7 @@ from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
-from spo_lightning.run_checks import (
-    check_benchmarks,
-    check_engine,
-    check_lengths,
-    check_run,
-    check_trainer,
-    run_settings,
-    warn_of_changes,
-)
+from spo_lightning.run_checks import check_benchmarks, check_engine, check_lengths, check_run, check_trainer
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
@@ -209,12 +200,12 @@ class SPOModule(LightningModule):
             return
         self.tokenizer = load_tokenizer(self.policy_config.path, self.policy_config.revision)
         strategy = None if self._trainer is None else self.trainer.strategy
-        reads = strategy is None or strategy.is_global_zero or not is_sharding(strategy)
+        sharded = strategy is not None and is_sharding(strategy)
+        reads = strategy is None or strategy.is_global_zero or not sharded
         # Lightning makes tensors on the device here: there Transformers loads with accelerate only, and generators of
         # the CPU, which give every device the same numbers, are refused.
         with torch.device("cpu"):
-            policy = load_policy(self.policy_config, reads, self.seed)
-        self.weight_shapes = {f"policy.{plain_name(k)}": tensor.shape for k, tensor in policy.state_dict().items()}
+            policy = load_policy(self.policy_config, reads, self.seed, sharded)
         self.policy: torch.nn.Module = policy
         if strategy is not None:
             self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
@@ -290,7 +281,6 @@ class SPOModule(LightningModule):
             "completions_seen": self.completions_seen,
             "tokens_seen": self.tokens_seen,
             "optimizer": self._optimizer_name(),
-            "settings": run_settings(self, self.trainer.datamodule),  # type: ignore[attr-defined]
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,7 +298,6 @@ class SPOModule(LightningModule):
                 )
             self._reopen_finished_run(checkpoint)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            warn_of_changes(checkpoint["spo"]["settings"], run_settings(self, data))
             self.generation.load_state_dict(
                 checkpoint["spo"]["rollouts"], data.dataset.__getitem__, data.completions_per_prompt
             )

@@ -78,20 +78,28 @@ def _suggestion(message: str, parser: Any) -> str:
     """The keys, or the classes, that were probably meant; empty when nothing is close."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
     wrong_class = re.search(r"Expected a dot import path string: (\w+)", message)
-    option = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
+    option = re.search(r"Option '(\w+)' is not accepted", message)
+    chosen = re.search(r"class_path[ =]'([\w.]+)'", message)
     missing = re.search(r'Parser key "([\w.]+)":\s+Expected .* Got value: None', message)
     if missing:
-        return f"\n{missing[1]} has no default; give it, or a whole configuration: --config configs/quickstart.yaml"
+        return f"\n{missing[1]} needs a value; give it, or a configuration such as --config configs/quickstart.yaml"
     if unknown:
         meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
     elif wrong_class:
         meant, known = wrong_class.group(1), sorted({name for base in SEAMS for name in _class_names(base)})
-    elif option:
-        meant, known = option[2], list(inspect.signature(cast(type, locate(option[1]))).parameters)
+    elif option and chosen:
+        meant, known = option[1], _arguments(chosen[1])
     else:
         return ""
     matches = difflib.get_close_matches(meant, known, n=3)
     return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
+
+
+def _arguments(class_path: str) -> list[str]:
+    try:
+        return list(inspect.signature(cast(type, locate(class_path))).parameters)
+    except (TypeError, ValueError):  # no such class, or one that does not tell
+        return []
 
 
 def _class_names(base: type) -> list[str]:

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,6 +23,18 @@ from spo_lightning.folders import make_folder
 from spo_lightning.lora import LoraSettings, adapters, add_adapters
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
+# What Transformers and those below it raise for files that are damaged, or of something else.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -145,7 +159,7 @@ def _sequence_bounds(position_ids: Tensor) -> dict[str, Any]:
     return dict(zip(names, (*bounds, *map(int, longest)), strict=True))
 
 
-def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Policy:
+def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0, sharded: bool = False) -> Policy:
     """Load the model of ``config`` for training, in training mode and with every dropout of its configuration off.
 
     Dropout would make the log-probabilities of two passes over the same completion differ.
@@ -154,6 +168,7 @@ def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Po
         config: what to load.
         weights: False builds the model on the meta device, to receive its weights from another rank.
         seed: of the adapters' random start.
+        sharded: whether the decoder layers will be sharded, which changes how they are best compiled.
 
     Raises:
         ConfigError: there is no such model, it is damaged or lacks weights, it changes its logits after the head, or it
@@ -164,18 +179,19 @@ def load_policy(config: PolicyConfig, weights: bool = True, seed: int = 0) -> Po
         model = _load_model(config, weights)
     except ConfigError:
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.policy {config.path} cannot be loaded with {config.attn_implementation} attention: {error}"
-        ) from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"model.policy {config.path} cannot be loaded: {_reason(error)}") from error
     if config.lora is not None:
         add_adapters(model, config.lora, seed)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     if config.compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
+        _compile_layers(model, sharded)
     return Policy(model.train(), config.lora, config.head)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {error}"
 
 
 def _load_model(config: PolicyConfig, weights: bool) -> Any:
@@ -226,6 +242,7 @@ def checkpoint_activations(model: Any) -> None:
     # Transformers 5.24 renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # what reentrant checkpoints need
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -242,6 +259,18 @@ def decoder_layers(model: Any) -> list[nn.Module]:
             "can be neither sharded nor compiled; use the strategy ddp and policy.compile false, or another model"
         )
     return layers
+
+
+def _compile_layers(model: Any, sharded: bool) -> None:
+    """Compile each decoder layer, for any number of rows and any length.
+
+    ``dynamic=True`` would make all of a sharded layer of any size, weights and ``head_dim`` too, which takes several
+    times as long. There a second size tells which of them vary, at the cost of one more graph for each kind of pass.
+    """
+    # Eight by default, and then torch goes on without compiling; a run needs five or six.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=None if sharded else True)
 
 
 def tells_packed_sequences_apart(attn_implementation: str) -> bool:
@@ -282,8 +311,12 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         ConfigError: there is none, or it has no end-of-sequence token, so no completion could end.
     """
     _require_model_path(path)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what Transformers makes up where no file is
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except _UNREADABLE as error:
+        raise ConfigError(f"the tokenizer of {path} cannot be loaded: {_reason(error)}") from error
+    added = tokenizer.added_tokens_decoder.values()
+    if len(tokenizer) <= len(added) and all(token.special for token in added):  # made up, where there is no file
         raise ConfigError(f"{path} holds no tokenizer; put the model's tokenizer files (tokenizer.json) beside it")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")

@@ -8,27 +8,20 @@ from typing import Any
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
-from spo_lightning.module import SPOModule
-from spo_lightning.sharded_checkpoint import groups_of_unused_optimizers, require_same_weights
+from spo_lightning.sharded_checkpoint import groups_of_unused_optimizers
 from spo_lightning.sharding import is_sharding
 
 
 class Resume(_CheckpointConnector):
-    """Refuses a checkpoint of another policy, and lets a sharded run go on also from one of its start.
+    """Lets a sharded run go on also from a checkpoint of its start.
 
     Lightning and torch look for the state of an optimizer where there is none: in what was saved before the first step,
     and in anything of an optimizer that keeps none. There its settings are loaded here, and nothing is asked of them.
     """
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Load a checkpoint.
-
-        Raises:
-            ConfigError: it is of another policy.
-        """
-        strategy, state, module = self.trainer.strategy, self.trainer.state, self.trainer.lightning_module
-        if checkpoint_path and isinstance(module, SPOModule):
-            require_same_weights(Path(checkpoint_path), module.weight_shapes)
+        """Load a checkpoint."""
+        strategy, state = self.trainer.strategy, self.trainer.state
         groups = None
         if checkpoint_path and is_sharding(strategy) and state.fn == TrainerFn.FITTING:
             groups = groups_of_unused_optimizers(Path(checkpoint_path))

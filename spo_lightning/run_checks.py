@@ -105,42 +105,6 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         )
 
 
-def run_settings(module: SPOModule, data: SPODataModule) -> dict[str, str]:
-    """What makes a run the run it is, by key of the configuration: a resume should not change it."""
-    return {
-        "seed_everything": str(module.seed),
-        "trainer.precision": module.trainer.precision,
-        "model.algorithm": str(module.algorithm),
-        "model.advantage": _described(module.advantage),
-        "model.loss": _described(module.loss),
-        "model.reward": type(module.reward).__name__,  # its workers and time limits may change
-        "model.sampling": str(module.sampling),
-        "model.num_minibatches": str(module.num_minibatches),
-        "data.batch_size": str(data.batch_size),
-        "data.completions_per_prompt": str(data.completions_per_prompt),
-    }
-
-
-def _described(part: object) -> str:
-    plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
-    return f"{type(part).__name__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
-
-
-def warn_of_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Say what a resumed run does differently from there on.
-
-    Args:
-        saved: ``run_settings`` of the checkpoint.
-        now: those of this process.
-    """
-    changed = [f"{name} was {saved[name]} and is {now[name]}" for name in saved if saved[name] != now[name]]
-    if changed:
-        rank_zero_warn(
-            f"the run goes on with other settings than its checkpoint's: {'; '.join(changed)}. What is compared under "
-            "its name is of both; for a run of its own take another trainer.default_root_dir"
-        )
-
-
 def _check_collection(module: SPOModule, data: SPODataModule) -> None:
     if module.advantage.needs_groups and data.completions_per_prompt < 2:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.policy import PolicyConfig, load_policy, plain_name
 
 METADATA = "meta.pt"
 OPTIMIZER = "optimizer_0"  # Lightning's name of the only one
@@ -53,17 +53,19 @@ def require_checkpoint(path: Path) -> None:
         raise ConfigError(f"{path} is no checkpoint that spo fit wrote, or is cut off{detail}; take another one")
 
 
-def require_same_weights(path: Path, wanted: Mapping[str, torch.Size]) -> None:
+def require_same_policy(path: Path, config: PolicyConfig) -> None:
     """Refuse a checkpoint of another policy than the configured one; tensors are not read.
 
     Args:
         path: file, or folder of a sharding strategy.
-        wanted: shapes of the configured policy's parameters, by their names in the module.
+        config: of the configured policy, which is built without weights.
 
     Raises:
         ConfigError: a parameter is in one of the two only, or has another shape.
     """
     saved = {name: shape for name, shape in _weight_shapes(path).items() if name.startswith("policy.")}
+    policy = load_policy(config, weights=False)
+    wanted = {f"policy.{plain_name(name)}": tensor.shape for name, tensor in policy.state_dict().items()}
     wrong = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if wrong:
         there, here = ("none" if of is None else tuple(of) for of in (saved.get(wrong[0]), wanted.get(wrong[0])))

@@ -20,7 +20,7 @@ from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
 from spo_lightning.policy import require_place_for_export
 from spo_lightning.resume import Resume
-from spo_lightning.sharded_checkpoint import consolidate, is_sharded, require_same_weights
+from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 
 # One epoch holds all iterations of a run; every iteration is logged; validation counts iterations.
 DEFAULTS: dict[str, Any] = {
@@ -137,7 +137,6 @@ class SPOTrainer(Trainer):
         """
         require_place_for_export(Path(output).expanduser())
         model.configure_model()
-        require_same_weights(Path(ckpt_path), model.weight_shapes)
         if is_sharded(Path(ckpt_path)):
             checkpoint = consolidate(Path(ckpt_path), optimizers=False)
         else:

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
@@ -72,6 +73,7 @@ SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "max_grad_norm": None}
 DECAYING = SGD | {"lr_scheduler": partial(torch.optim.lr_scheduler.LinearLR, total_iters=6)}
 LORA = {"lora": LoraSettings(rank=2, alpha=8)}
 SPARSE = {"lora": LoraSettings(rank=2, alpha=8, target_modules=["down_proj"])}
+COMPILED = {"compile": True, "gradient_checkpointing": True}  # followed by what is not
 VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     "sgd-ddp": ("tied", "alone-sgd", DDPStrategy, {}),
     "sgd-fsdp": ("tied", "alone-sgd", STRATEGIES["fsdp"], {}),
@@ -84,6 +86,8 @@ VARIANTS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     "lora-ddp": ("tied", "alone-lora", DDPStrategy, LORA),
     "lora-fsdp": ("tied", "alone-lora", STRATEGIES["fsdp"], LORA),
     "lora-fsdp2": ("tied", "alone-lora", FSDP2Strategy, LORA),
+    "compiled-fsdp": ("tied", "alone-sgd", STRATEGIES["fsdp"], COMPILED),
+    "compiled-fsdp2": ("tied", "alone-sgd", FSDP2Strategy, COMPILED),
     # adapters so few that a rank's part of a layer holds none, and a gradient that is clipped
     "sparse-fsdp": ("tied", "alone-sparse", STRATEGIES["fsdp"], SPARSE),
 }
@@ -141,6 +145,26 @@ class WeighingEngine(TransformersEngine):
         with NewBytes(self._model, self.policy) as memory:
             super().update_weights(named_parameters, version)
         self.peaks.append(memory.peak)
+
+
+class Compiler:
+    """Traces and differentiates as the default backend does, and writes no code; notes what of the layers may vary."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.graphs = 0
+        self.of_any_size: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        for node in graph.graph.find_nodes(op="placeholder"):
+            value, source = node.meta["example_value"], node.meta["grapharg"].source.name
+            sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+            if "_modules" in source and any(isinstance(size, torch.SymInt) for size in sizes):
+                self.of_any_size.append(source)
+        return lookup_backend("aot_eager")(graph, inputs)
 
 
 class Notice(Callback):
@@ -362,9 +386,15 @@ def run_in_two(folder: Path) -> None:
 
 
 def run_variants(folder: Path, count: int, names: Iterable[str]) -> None:
+    compiler = Compiler()
+    torch.compiler.set_default_backend(compiler)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for name in sorted(names):
         inputs, _, build, policy = VARIANTS[name]
-        save(folder, name, whole=run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy)))
+        whole = run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy))
+        save(folder, name, whole=whole, compiled={"graphs": compiler.graphs, "of_any_size": compiler.of_any_size})
+        torch._dynamo.reset()
+        compiler.reset()
 
 
 def run_in_three(folder: Path) -> None:

@@ -4,20 +4,20 @@ import os
 import random
 import signal
 import time
-import warnings
 import zipfile
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.callbacks import ExportPolicy
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
+from spo_lightning.callbacks.describe_run import changed_settings
 from spo_lightning.data import Benchmark, DrawValues, PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings
-from spo_lightning.sharded_checkpoint import require_checkpoint
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.sharded_checkpoint import require_checkpoint, require_same_policy
 
 from runs import Recorder, make_run, write_inputs, write_policy
 
@@ -196,55 +196,75 @@ def test_another_optimizer_cannot_take_the_state_and_another_rate_is_not_taken(t
 
 
 def test_another_policy_cannot_take_the_weights(tmp_path):
-    fit(tmp_path, 2)
-    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    fit(tmp_path, 1)
+    last, start = tmp_path / "checkpoints" / "last.ckpt", str(tmp_path / "start")
+    require_same_policy(last, PolicyConfig(start, compile=True, gradient_checkpointing=True, dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="base_layer.weight with shape none in the checkpoint .* lora included,"):
+        require_same_policy(last, PolicyConfig(start, lora=LoraSettings(rank=2)))
     words = r"2 parameters differ, the first is lm_head.weight with shape \(49, 32\) in the checkpoint and \(60, 32\)"
     write_policy(tmp_path / "start", vocab_size=60)
     with pytest.raises(ConfigError, match=f"is of another policy than the configured one: {words} here; give the"):
-        fit(tmp_path, 3, ckpt_path=last)
-    write_policy(tmp_path / "start")
-    with pytest.raises(ConfigError, match="base_layer.weight with shape none in the checkpoint .* lora included, that"):
-        fit(tmp_path, 3, ckpt_path=last, policy={"lora": LoraSettings(rank=2)})
-    trainer, module, data = make_run(tmp_path, policy={"lora": LoraSettings(rank=2)})
-    with pytest.raises(ConfigError, match="is of another policy"):
-        trainer.export(module, data, last, str(tmp_path / "exported"))
-    assert not (tmp_path / "exported").exists()
+        require_same_policy(last, PolicyConfig(start))
 
 
-def test_what_a_resume_changes_is_warned_of_and_nothing_else(tmp_path):
-    fit(tmp_path, 1)
-    last = str(tmp_path / "checkpoints" / "last.ckpt")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the run goes on with other settings")
-        fit(tmp_path, 2, ckpt_path=last)
-    with pytest.warns(UserWarning, match="the run goes on with other settings") as warned:
-        fit(tmp_path, 3, ckpt_path=last, seed=7, loss=PPOClipLoss(clip_ratio_low=0.3), data={"batch_size": 2})
-    (message,) = [str(w.message) for w in warned if "other settings" in str(w.message)]
-    changed = message.partition(": ")[2].partition(". What is compared")[0].split("; ")
-    assert [change.partition(" was ")[0] for change in changed] == ["seed_everything", "model.loss", "data.batch_size"]
-    assert changed[0] == "seed_everything was 0 and is 7" and changed[2] == "data.batch_size was 4 and is 2"
+def test_adapters_of_another_rank_cannot_take_the_weights(tmp_path):
+    fit(tmp_path, 1, policy={"lora": LoraSettings(rank=2)})
+    last, start = tmp_path / "checkpoints" / "last.ckpt", str(tmp_path / "start")
+    require_same_policy(last, PolicyConfig(start, lora=LoraSettings(rank=2)))
+    for other in (LoraSettings(rank=3), None):
+        with pytest.raises(ConfigError, match="is of another policy than the configured one"):
+            require_same_policy(last, PolicyConfig(start, lora=other))
 
 
-@pytest.mark.parametrize("where", ["dirpath", "root"])
-def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_done(tmp_path, where):
-    write_inputs(tmp_path)
+def test_a_place_for_checkpoints_is_made_or_refused(tmp_path, monkeypatch):
+    trainer, _, _ = make_run(tmp_path)
+    IterationCheckpoint(dirpath=str(tmp_path / "a" / "b")).require_place(trainer)
+    assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    callback, recorder = IterationCheckpoint(dirpath=str(tmp_path / "file") if where == "dirpath" else None), Recorder()
-    if where == "root":
-        (tmp_path / "checkpoints").touch()
-    trainer, module, data = make_run(tmp_path, callbacks=[callback, recorder], trainer={"enable_checkpointing": True})
-    with pytest.raises(ConfigError, match="checkpoint.dirpath needs the folder .* which cannot be used: File exists"):
-        trainer.fit(module, data)
-    assert recorder.batches == []
+    words = "checkpoint.dirpath needs the folder {}, which cannot be used: {}; choose another place"
+    with pytest.raises(ConfigError, match=words.format(tmp_path / "file", "File exists")):
+        IterationCheckpoint(dirpath=str(tmp_path / "file")).require_place(trainer)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match=words.format(tmp_path / "checkpoints", "it may not be written to")):
+        IterationCheckpoint().require_place(trainer)
 
 
-def test_an_export_that_would_replace_something_else_is_refused_before_anything_is_done(tmp_path):
-    write_inputs(tmp_path)
-    recorder = Recorder()
-    trainer, module, data = make_run(tmp_path, callbacks=[ExportPolicy(dirpath=str(tmp_path)), recorder])
-    with pytest.raises(ConfigError, match=f"{tmp_path} exists and is no exported model, so it is not replaced"):
-        trainer.fit(module, data)
-    assert recorder.batches == []
+def test_places_in_the_home_folder_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trainer, _, _ = make_run(tmp_path)
+    assert IterationCheckpoint(dirpath="~/c").directory(trainer) == tmp_path / "c"
+    (tmp_path / "p").mkdir()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/p exists and is no exported model, so it is not replaced"):
+        ExportPolicy(dirpath="~/p").require_place(trainer)
+    ExportPolicy(at_end=False, dirpath="~/p").require_place(trainer)
+
+
+def test_an_export_that_would_replace_something_else_is_refused_before_anything_is_loaded(tmp_path):
+    trainer, module, data = make_run(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path} exists and is no exported model"):
+        trainer.export(module, data, "none.ckpt", str(tmp_path))
+
+
+BEFORE = """
+seed_everything: 0
+trainer: {precision: 32-true, devices: 1}
+model: {loss: {class_path: PPOClipLoss, init_args: {clip_ratio_low: 0.2}}, engine: null, policy: {path: a}}
+data: {batch_size: 4, num_iterations: 8, train: {path: x.jsonl}, forgetting: {class_path: KLHalfLife}}
+ckpt_path: null
+"""
+
+
+def test_what_a_resume_changes_is_named_and_nothing_else():
+    faster = BEFORE.replace("devices: 1", "devices: 8").replace("num_iterations: 8", "num_iterations: 9")
+    faster = faster.replace("engine: null", "engine: {class_path: VLLMEngine}").replace("path: null", "path: last")
+    assert changed_settings(BEFORE, faster) == []
+    other = BEFORE.replace("thing: 0", "thing: 7").replace("0.2", "0.3").replace("batch_size: 4, ", "")
+    assert changed_settings(BEFORE, other.replace("KLHalfLife", "ConstantForgetting")) == [
+        "data.batch_size was 4 and is not there",
+        "data.forgetting.class_path was KLHalfLife and is ConstantForgetting",
+        "model.loss.init_args.clip_ratio_low was 0.2 and is 0.3",
+        "seed_everything was 0 and is 7",
+    ]
 
 
 @pytest.mark.parametrize("interval", [2, 1.0])

@@ -420,14 +420,15 @@ def test_what_is_left_out_is_warned_of(tmp_path, make):
     assert any("1 of 3 prompts have more than max_prompt_tokens=4 tokens" in m for m in messages)
 
 
-@pytest.mark.parametrize(("choice", "told"), [("auto", True), ("never", False)])
-def test_a_tokenizer_without_chat_template_is_told_of(tmp_path, make, caplog, choice, told):
+@pytest.mark.parametrize(("choice", "has_one", "told"), [("auto", 0, 1), ("never", 0, 0), ("auto", 1, 0)])
+def test_a_tokenizer_without_chat_template_is_told_of(tmp_path, make, caplog, choice, has_one, told):
     tokenizer = make_char_tokenizer()
-    tokenizer.chat_template = None
+    if not has_one:
+        tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         make(tokenizer_path=str(tmp_path), chat_template=choice).setup("fit")
-    assert ("the tokenizer has no chat template" in caplog.text) is told
+    assert caplog.text.count("the tokenizer has no chat template") == told
 
 
 def test_rewards_outside_the_weights_range_are_warned_of_once(make):
@@ -436,15 +437,20 @@ def test_rewards_outside_the_weights_range_are_warned_of_once(make):
         outcome = outcome_of(batch)
         data.observe(replace(outcome, reward=torch.tensor(rewards, dtype=torch.float64)))
 
-    data = make(batch_size=2)
-    data.setup("fit")
+    def make_started(**options):
+        data = make(batch_size=2, **options)
+        data.setup("fit")
+        return data
+
+    data = make_started()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        observe(data, 0.0, 1.0)
+        observe(data, 0.0, 1.0 + 1e-9)
+    with pytest.warns(UserWarning, match=r"rewards reach from 0 to 2,"):
+        observe(make_started(), 0.0, 2.0)
     with pytest.warns(UserWarning, match=r"rewards reach from -1 to 1, and data.prompt_weights expects .* \[0, 1\]"):
         observe(data, -1.0, 1.0)
-    fitting = make(batch_size=2, prompt_weights=PrioritizedWeights(reward_min=-1, reward_max=1))
-    fitting.setup("fit")
+    fitting = make_started(prompt_weights=PrioritizedWeights(reward_min=-1, reward_max=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         observe(data, -1.0, 1.0)

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,36 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(resumed):
     assert {"config.yaml", "completions", "figures"} <= artifacts
 
 
+def run_of(folder: Path) -> str:
+    return json.loads((folder / "run" / "mlflow_run.json").read_text())["run_id"]
+
+
+def test_a_resume_with_other_settings_is_warned_of_and_leaves_the_runs_tags(resumed, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    folder, done, _ = resumed
+    assert "goes on with other settings" not in done.stderr
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    done = spo(tmp_path, "fit", "--ckpt_path=last", "--seed_everything=5", f"--data.num_iterations={ITERATIONS + 1}")
+    assert "checkpoint's: seed_everything was 0 and is 5. What is compared" in done.stderr
+    tags = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_of(tmp_path)).data.tags
+    assert (tags["seed"], tags["resume_2/seed"]) == ("0", "5")
+
+
+def test_a_checkpoint_of_another_policy_is_refused_and_its_mlflow_run_left_alone(uninterrupted):
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = uninterrupted
+    more = [f"--data.num_iterations={ITERATIONS + 1}", "--ckpt_path=last"]
+    for job, *arguments in (("fit", *more), ("test", "--ckpt_path=last"), ("export", "--ckpt_path=last", "--output=x")):
+        done = spo(folder, job, *arguments, "--model.policy.lora.rank=2", check=False)
+        assert done.returncode == 2
+        assert "is of another policy than the configured one" in done.stderr and "Traceback" not in done.stderr
+    run = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(run_of(folder))
+    assert run.info.status == "FINISHED"
+    assert not [name for name in (*run.data.tags, *run.data.params) if name.startswith("resume_")]
+
+
 def test_the_end_of_a_run_says_where_everything_is(uninterrupted):
     folder, done = uninterrupted
     assert str(folder / "run" / "checkpoints" / "iteration-000008.ckpt") in done.stdout
@@ -206,9 +237,11 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
             ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=50"],
             ["trainer.val_check_interval=50 is more than data.num_iterations=8"],
         ),
-        (["--model.policy.attn_implementation=quick"], ["cannot be loaded with quick attention"]),
+        (["--model.policy.attn_implementation=quick"], ["quickstart/policy cannot be loaded", "quick"]),
         (["--model.engine=VLLMServeEngine"], ["Did you mean: VLLMServerEngine, VLLMEngine"]),
         (["--model.policy.lora.ranc=3"], ["Option 'ranc' is not accepted", "Did you mean: rank?"]),
+        (["--model.optimizer.lrr=3"], ["Option 'lrr' is not accepted", "Did you mean: lr?"]),
+        (["--data.batch_size=null"], ["data.batch_size needs a value"]),
         (["--checkpoint.dirpath=README.md"], ["checkpoint.dirpath needs the folder README.md"]),
         (["--export_policy.dirpath=tests"], ["tests exists and is no exported model"]),
         (["--trainer.logger.tracking_uri=sqlite:////dev/null/x/m.db"], ["tracking_uri needs the folder /dev/null/x"]),
@@ -233,7 +266,7 @@ def test_a_run_without_configuration_is_told_what_is_missing(monkeypatch, capfd)
     with pytest.raises(SystemExit) as end:
         SPOCLI()
     assert end.value.code == 2
-    assert "model.policy.path has no default; give it, or a whole configuration: --config" in capfd.readouterr().err
+    assert "model.policy.path needs a value; give it, or a configuration such as --config" in capfd.readouterr().err
 
 
 def test_a_mistake_ends_the_program_with_status_2_and_no_traceback(tmp_path):

@@ -70,6 +70,9 @@ def test_the_folder_is_tried_before_anything_is_drawn(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"output needs the folder {tmp_path}/file, which cannot be .*: File exists"):
         estimate(tmp_path, "file/values.parquet")
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(ConfigError, match=f"output is the folder {tmp_path}/folder.parquet; give a file in it"):
+        estimate(tmp_path, "folder.parquet")
 
 
 def test_a_drawn_start_whose_rewards_the_prior_cannot_take_is_refused(tmp_path):

@@ -280,16 +280,24 @@ def test_a_test_between_leaves_the_parameters_of_the_next_resume_alone(make: Mak
 
 def test_the_tags_that_runs_are_compared_by_are_those_of_the_first_process(make: MakeLogger, tmp_path: Path) -> None:
     first, second = make(), make()
-    first.log_run_tags({"seed": "0"})
+    first.log_tags({"seed": "0", "engine": "a"})
     second.resume_from(tmp_path / "root")
-    second.log_run_tags({"seed": "1"})
-    tags = second.experiment.get_run(first.run_id).data.tags
-    assert (tags["seed"], tags["resume_1/seed"]) == ("0", "1")
-    second.experiment.delete_run(first.run_id)
+    elsewhere = make(run_id=first.run_id)
+    for logger in (second, elsewhere):
+        logger.log_tags({"seed": "1", "engine": "a", "devices": "2"})
+        tags = logger.experiment.get_run(first.run_id).data.tags
+        assert (tags["seed"], tags["resume_1/seed"], tags["devices"]) == ("0", "1", "2")
+        assert "resume_1/engine" not in tags and "resume_1/devices" not in tags
+    first.experiment.delete_run(first.run_id)
     anew = make()
     anew.resume_from(tmp_path / "root")
-    anew.log_run_tags({"seed": "2"})
+    anew.log_tags({"seed": "2"})
     assert anew.experiment.get_run(anew.run_id).data.tags["seed"] == "2"
+
+
+def test_a_folder_is_no_data_base(make: MakeLogger, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"names the folder {tmp_path}; add a file name"):
+        _ = make(tracking_uri=f"sqlite:///{tmp_path}").experiment
 
 
 def test_only_a_training_names_the_run_of_its_folder(make: MakeLogger, tmp_path: Path) -> None:

@@ -354,10 +354,16 @@ def test_settings_that_bias_the_update_warn(tmp_path, dtype, sampling, message):
         trainer.fit(module, data)
 
 
+def test_more_mini_batches_than_completions_warn(tmp_path):
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 1}, num_minibatches=5)
+    with pytest.warns(UserWarning, match="num_minibatches is 5 and data.batch_size 4: an iteration takes one"):
+        trainer.fit(module, data)
+
+
 def test_the_settings_of_the_paper_do_not_warn(tmp_path):
     trainer, module, data = make_run(tmp_path, data={"num_iterations": 1})
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(bfloat16|truncated)")
+        warnings.filterwarnings("error", message=".*(bfloat16|truncated|num_minibatches)")
         trainer.fit(module, data)
 
 

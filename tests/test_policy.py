@@ -1,13 +1,23 @@
 """Scoring and differentiating the policy against the plain computation on full logits, in float64."""
 
+import json
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.distributed import Ranks
@@ -205,11 +215,23 @@ def edit(path: Path, change) -> None:
     save_file(weights, path, {"format": "pt"})
 
 
+def edit_config(path: Path, **settings) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGED = {
-    "without weights": (lambda file: file.unlink(), "cannot be loaded with sdpa attention: .*no file named"),
-    "without configuration": (lambda file: (file.parent / "config.json").unlink(), "cannot be loaded .*config.json"),
-    "cut off": (lambda file: os.truncate(file, 1000), "cannot be loaded with sdpa attention: .*header"),
+    "without weights": (lambda file: file.unlink(), "cannot be loaded: .*no file named"),
+    "without configuration": (lambda file: (file.parent / "config.json").unlink(), "cannot be loaded: .*config.json"),
+    "cut off": (lambda file: os.truncate(file, 1000), "cannot be loaded: SafetensorError: .*header"),
+    "cut off, in another format": (
+        lambda file: (file.unlink(), file.with_name("pytorch_model.bin").write_bytes(b"version https://git-lfs")),
+        "cannot be loaded: ",
+    ),
+    "another configuration": (
+        lambda file: edit_config(file.parent / "config.json", num_hidden_layers="two"),
+        "cannot be loaded: StrictDataclass.*num_hidden_layers",
+    ),
     "without a parameter": (
         lambda file: edit(file, lambda weights: weights.pop(NORM)),
         f"lacks 1 of its parameters, or has them of another shape: {NORM}; give a complete",
@@ -232,8 +254,15 @@ def test_a_damaged_model_is_refused(tmp_path, damage, words):
 def test_an_attention_that_is_not_there_is_refused(tmp_path):
     make_model(tmp_path)
     for weights in (True, False):
-        with pytest.raises(ConfigError, match="cannot be loaded with quick attention: .*not supported"):
+        with pytest.raises(ConfigError, match="cannot be loaded: .*quick.* is not supported"):
             load_policy(PolicyConfig(str(tmp_path), attn_implementation="quick"), weights=weights)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_a_package_that_is_not_installed_is_named(tmp_path):
+    make_model(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be loaded: .*the package for FlashAttention2"):
+        load_policy(PolicyConfig(str(tmp_path), attn_implementation="flash_attention_2"))
 
 
 def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences):
@@ -278,6 +307,22 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     make_model(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path} holds no tokenizer; put the model's tokenizer files"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match=f"the tokenizer of {tmp_path} cannot be loaded: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_whose_tokenizer_cannot_be_made_up_is_refused_too(tmp_path):
+    make_model(tmp_path, architecture="llama")
+    with pytest.raises(ConfigError, match=f"the tokenizer of {tmp_path} cannot be loaded: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_added_tokens_is_one(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<eos>": 0})), eos_token="<eos>")
+    tokenizer.add_tokens(list("0123456789"))
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("42").input_ids == tokenizer("42").input_ids != []
 
 
 def test_a_tokenizer_without_end_token_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.cli import SPOCLI
+from spo_lightning.data import Benchmark, PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.experience import TokenSequence
 from spo_lightning.micro_batches import MicroBatching
@@ -99,6 +100,21 @@ def test_a_compiled_policy_scores_the_same(tmp_path, eager_backend):
             policy = load_policy(PolicyConfig(str(tmp_path), compile=compiled, gradient_checkpointing=True))
             logits.append(policy.model(ids, use_cache=False).logits)
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_needs_a_graph_for_updates_and_one_for_scores(tmp_path, eager_backend):
+    """Also where it checks the engine before a validation: after eight graphs torch goes on without compiling."""
+    write_inputs(tmp_path)
+    counters.clear()
+    trainer, module, data = make_run(
+        tmp_path,
+        data={"benchmarks": {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 2)}},
+        policy={"compile": True, "gradient_checkpointing": True},
+        trainer={"val_check_interval": 1},
+    )
+    trainer.fit(module, data)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 @pytest.mark.skipif("SPO_TEST_INDUCTOR" not in os.environ, reason="writes C++ for a minute or two; SPO_TEST_INDUCTOR=1")

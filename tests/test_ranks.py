@@ -24,11 +24,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.module import SPOModule
 from spo_lightning.policy import PolicyConfig
-from spo_lightning.rewards import ExactMatchReward
 from spo_lightning.run_checks import check_trainer
-from spo_lightning.sharded_checkpoint import require_same_weights
+from spo_lightning.sharded_checkpoint import require_same_policy
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
@@ -36,6 +34,7 @@ from cpu_fsdp import CPUFSDPStrategy
 from rank_runs import (
     CARRYING,
     CLOSE,
+    COMPILED,
     EXACT,
     IN_FOUR,
     IN_THREE,
@@ -101,7 +100,9 @@ def test_two_processes_follow_the_trajectory_of_one(folder, alone, strategy):
 @pytest.fixture(scope="module")
 def references(folder) -> dict[str, dict[str, Any]]:
     """The runs in this process that the variants must follow."""
-    needed = {reference: (inputs, policy) for inputs, reference, _, policy in VARIANTS.values()}
+    needed = {
+        reference: (inputs, {} if policy is COMPILED else policy) for inputs, reference, _, policy in VARIANTS.values()
+    }
     return {
         name: run(folder / inputs, f"{name}-{os.getpid()}", "auto", 1, policy=policy, **settings_of(policy))
         for name, (inputs, policy) in needed.items()
@@ -116,6 +117,15 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
     assert moved > 1e-2
     for rank in range(4 if variant in IN_FOUR else 2):
         assert_same(load(folder, variant, rank)["whole"], expected)
+
+
+@pytest.mark.parametrize("variant", [name for name, (*_, policy) in VARIANTS.items() if policy is COMPILED])
+def test_compiled_shards_share_graphs_that_know_the_layers_sizes(folder, variant):
+    """Both layers, every length and number of rows: training and scoring, each for one size, for any, for one row."""
+    for rank in range(2):
+        compiled = load(folder, variant, rank)["compiled"]
+        assert 4 <= compiled["graphs"] <= 8  # with those of the test's own pass
+        assert compiled["of_any_size"] == []
 
 
 def test_completions_that_call_tools_are_the_same_on_two_processes(folder):
@@ -361,14 +371,10 @@ def test_what_can_be_read_is_not_refused(folder, strategy):
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_a_sharded_checkpoint_of_another_policy_is_refused(folder, strategy, tmp_path):
     last = folder / f"{strategy}-checkpoints" / "last.ckpt"
-    module = SPOModule(PolicyConfig(str(folder / "start")), ExactMatchReward())
-    module.configure_model()
-    require_same_weights(last, module.weight_shapes)
+    require_same_policy(last, PolicyConfig(str(folder / "start")))
     write_policy(tmp_path, num_layers=3)
-    other = SPOModule(PolicyConfig(str(tmp_path)), ExactMatchReward())
-    other.configure_model()
     with pytest.raises(ConfigError, match=r"model\.layers\.2\.\S+ with shape none in the checkpoint and \(\d"):
-        require_same_weights(last, other.weight_shapes)
+        require_same_policy(last, PolicyConfig(str(tmp_path)))
 
 
 @pytest.mark.parametrize("strategy", [CPUFSDPStrategy(), FSDP2Strategy()])

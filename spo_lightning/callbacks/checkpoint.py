@@ -108,10 +108,13 @@ class IterationCheckpoint(Checkpoint):
         directory.rename(target)
         rank_zero_info(f"checkpoints of an earlier run moved to {target}; continue it with --ckpt_path {target}/{LAST}")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a place that could not be written to."""
-        if stage == "fit" and trainer.is_global_zero:
-            make_folder(self.directory(trainer), "checkpoint.dirpath")
+    def require_place(self, trainer: Trainer) -> None:
+        """Refuse a place that could not be written to.
+
+        Raises:
+            ConfigError: it is no folder, and none can be made there, or it may not be written to.
+        """
+        make_folder(self.directory(trainer), "checkpoint.dirpath")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep what a killed run left half-written; save a start that was expensive to draw."""

@@ -4,27 +4,90 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.logger import RUN_TAGS, SPOMLFlowLogger
+from spo_lightning.mlflow_run import flatten
 from spo_lightning.module import SPOModule
+
+COMPUTED = ("seed_everything", "trainer.precision", "model.", "data.")
+NOT_COMPUTED = (
+    "model.seed",  # these three are linked to others
+    "data.seed",
+    "data.tokenizer_",
+    "model.engine",
+    "model.eval_sampling.",
+    "model.micro_batch_tokens",
+    "model.padding_free",
+    "model.policy.attn_implementation",
+    "model.policy.compile",
+    "model.policy.gradient_checkpointing",
+    "model.policy.head",
+    "model.policy.path",
+    "model.push_tolerance",
+    "model.reward.init_args.num_workers",
+    "data.benchmarks.",
+    "data.num_iterations",
+    "data.train.path",
+)
 
 
 class DescribeRun(SaveConfigCallback):
-    """Logs the resolved configuration, the tags that runs are compared by, and the data sets as inputs."""
+    """Logs the resolved configuration, the tags that runs are compared by, and the data sets as inputs.
+
+    The configuration is in the checkpoint: a resume that changes what is computed is warned of.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log all of it to every MLflow logger."""
         for logger in trainer.loggers:
             if isinstance(logger, SPOMLFlowLogger):
-                logger.log_config(self.parser.dump(self.config, skip_none=False))
+                logger.log_config(self._yaml())
                 if not logger.visits:  # a test may leave out what the training was configured with
-                    logger.log_run_tags(run_tags(trainer, pl_module))  # type: ignore[arg-type]
+                    logger.log_tags(run_tags(trainer, pl_module))  # type: ignore[arg-type]
                 _log_datasets(logger, trainer.datamodule)  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log it once."""
+        self._trains = stage == "fit"
+        super().setup(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, str]:
+        """The resolved configuration."""
+        return {"config": self._yaml()}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Say what a resumed run does differently from there on."""
+        changes = changed_settings(state_dict["config"], self._yaml())
+        if changes and self._trains:
+            rank_zero_warn(
+                f"the run goes on with other settings than its checkpoint's: {'; '.join(changes)}. What is compared "
+                "under its name is of both; for a run of its own start anew in another trainer.default_root_dir"
+            )
+
+    def _yaml(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """What two configurations, as YAML, would compute differently, as ``key was a and is b``.
+
+    Left out is what changes the speed alone, how long a run is, and what it is tested on.
+    """
+    old, new = (
+        {key.replace("/", "."): value for key, value in flatten(yaml.safe_load(text)).items()} for text in (before, now)
+    )
+    return [
+        f"{key} was {old.get(key, 'not there')} and is {new.get(key, 'not there')}"
+        for key in sorted(old.keys() | new.keys())
+        if key.startswith(COMPUTED) and not key.startswith(NOT_COMPUTED) and old.get(key) != new.get(key)
+    ]
 
 
 def run_tags(trainer: Trainer, module: SPOModule) -> dict[str, str]:

@@ -23,9 +23,13 @@ class ExportPolicy(Callback):
         self.at_end = at_end
         self.dirpath = dirpath
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a place that could not be written to at the end."""
-        if stage == "fit" and self.at_end and trainer.is_global_zero:
+    def require_place(self, trainer: Trainer) -> None:
+        """Refuse a place that could not be written to at the end.
+
+        Raises:
+            ConfigError: see ``require_place_for_export``.
+        """
+        if self.at_end:
             require_place_for_export(self._directory(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

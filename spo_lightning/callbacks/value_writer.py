@@ -32,6 +32,8 @@ class ValueWriter(Callback):
         if output.suffix not in (".parquet", ".jsonl"):
             raise ConfigError(f"output is {output}; a value file ends in .parquet or .jsonl")
         self.output = output.expanduser()
+        if self.output.is_dir():
+            raise ConfigError(f"output is the folder {output}; give a file in it")
         make_folder(self.output.parent, "output")
         self.partial = self.output.with_name(f"{output.name}.partial")
         self.settings = settings

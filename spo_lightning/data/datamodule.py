@@ -304,7 +304,8 @@ class SPODataModule(LightningDataModule):
         if self._range_is_wrong or not isinstance(weights, PrioritizedWeights) or not len(outcome.reward):
             return
         least, most = outcome.reward.aminmax()
-        self._range_is_wrong = bool(least < weights.reward_min or most > weights.reward_max)
+        slack = 1e-6 * (weights.reward_max - weights.reward_min)
+        self._range_is_wrong = bool(least < weights.reward_min - slack or most > weights.reward_max + slack)
         if self._range_is_wrong:
             rank_zero_warn(
                 f"rewards reach from {least:g} to {most:g}, and data.prompt_weights expects them within "
