@@ -214,6 +214,7 @@ def _load_model(config: PolicyConfig, weights: bool) -> Any:
         return model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, **options)
+    model.tie_weights()  # Transformers 5.0 does not
     if generation := _generation_config(config):
         model.generation_config = generation
     return model

@@ -31,7 +31,7 @@ def derive_seed(seed: int, stream: SeedStream, *position: int) -> int:
     words = (seed, int(stream), *position)
     if min(words) < 0:
         raise ValueError(f"seeds and positions must not be negative, got {words}; choose a seed of 0 or more")
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_iteration(seed: int, iteration: int, rank: int) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.nonfinite import NonFiniteError, NonFiniteGuard
+from spo_lightning.sharding import gradient_norm
 
 BATCH = Experience(
     (TokenSequence(torch.tensor([1, 2]), torch.tensor([False, True])),),
@@ -68,3 +69,13 @@ def test_counters_survive_a_checkpoint(tmp_path):
     other = NonFiniteGuard(3)
     other.load_state_dict(guard.state_dict())
     assert (other.skipped, other.in_a_row) == (1, 1)
+
+
+def test_the_norm_of_a_bfloat16_gradient_is_taken_in_float32():
+    """Its own dtype keeps three digits."""
+    generator = torch.Generator().manual_seed(0)
+    policy = nn.ParameterList([torch.zeros(1000, dtype=torch.bfloat16) for _ in range(3)])
+    for parameter in policy:
+        parameter.grad = torch.randn(1000, generator=generator).bfloat16()
+    expected = torch.cat([parameter.grad.double() for parameter in policy]).norm().item()
+    assert gradient_norm(policy) == pytest.approx(expected, rel=1e-6)

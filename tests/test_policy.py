@@ -230,7 +230,7 @@ DAMAGED = {
     ),
     "another configuration": (
         lambda file: edit_config(file.parent / "config.json", num_hidden_layers="two"),
-        "cannot be loaded: StrictDataclass.*num_hidden_layers",
+        "cannot be loaded: .*num_hidden_layers",
     ),
     "without a parameter": (
         lambda file: edit(file, lambda weights: weights.pop(NORM)),
@@ -261,7 +261,7 @@ def test_an_attention_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_a_package_that_is_not_installed_is_named(tmp_path):
     make_model(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be loaded: .*the package for FlashAttention2"):
+    with pytest.raises(ConfigError, match="cannot be loaded: FlashAttention2 has been toggled on"):
         load_policy(PolicyConfig(str(tmp_path), attn_implementation="flash_attention_2"))
 
 
@@ -313,8 +313,11 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
 
 
 def test_a_model_whose_tokenizer_cannot_be_made_up_is_refused_too(tmp_path):
+    """Which these are depends on the release of Transformers."""
     make_model(tmp_path, architecture="llama")
-    with pytest.raises(ConfigError, match=f"the tokenizer of {tmp_path} cannot be loaded: "):
+    with pytest.raises(
+        ConfigError, match=f"the tokenizer of {tmp_path} cannot be loaded: |{tmp_path} holds no tokenizer"
+    ):
         load_tokenizer(str(tmp_path))
 
 

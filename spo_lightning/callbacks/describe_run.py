@@ -41,7 +41,7 @@ NOT_COMPUTED = (
 class DescribeRun(SaveConfigCallback):
     """Logs the resolved configuration, the tags that runs are compared by, and the data sets as inputs.
 
-    The configuration is in the checkpoint: a resume that changes what is computed is warned of.
+    What is computed is in the checkpoint, too: a resume that changes it is warned of.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,12 +59,17 @@ class DescribeRun(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, str]:
-        """The resolved configuration."""
-        return {"config": self._yaml()}
+        """The ``compared_settings`` of this process."""
+        return compared_settings(self._yaml())
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Say what a resumed run does differently from there on."""
-        changes = changed_settings(state_dict["config"], self._yaml())
+        before, now = state_dict, self.state_dict()
+        changes = [
+            f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
         if changes and self._trains:
             rank_zero_warn(
                 f"the run goes on with other settings than its checkpoint's: {'; '.join(changes)}. What is compared "
@@ -75,19 +80,13 @@ class DescribeRun(SaveConfigCallback):
         return self.parser.dump(self.config, skip_none=False)
 
 
-def changed_settings(before: str, now: str) -> list[str]:
-    """What two configurations, as YAML, would compute differently, as ``key was a and is b``.
+def compared_settings(config: str) -> dict[str, str]:
+    """By key, what a configuration (YAML) says of what is computed.
 
     Left out is what changes the speed alone, how long a run is, and what it is tested on.
     """
-    old, new = (
-        {key.replace("/", "."): value for key, value in flatten(yaml.safe_load(text)).items()} for text in (before, now)
-    )
-    return [
-        f"{key} was {old.get(key, 'not there')} and is {new.get(key, 'not there')}"
-        for key in sorted(old.keys() | new.keys())
-        if key.startswith(COMPUTED) and not key.startswith(NOT_COMPUTED) and old.get(key) != new.get(key)
-    ]
+    leaves = {key.replace("/", "."): value for key, value in flatten(yaml.safe_load(config)).items()}
+    return {key: leaves[key] for key in leaves if key.startswith(COMPUTED) and not key.startswith(NOT_COMPUTED)}
 
 
 def run_tags(trainer: Trainer, module: SPOModule) -> dict[str, str]:
