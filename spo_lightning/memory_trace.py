@@ -108,6 +108,7 @@ class FakePolicy:
             self.model: Any = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation=attn_implementation
             )
+        self.model.tie_weights()  # Transformers 5.0 does not
         use_unpadded(self.model)
         self._attention = self.model.config._attn_implementation
         if lora is not None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_settings import Settings
@@ -166,6 +168,7 @@ def test_with_the_transformers_engine_it_holds_few_requests(parse, tmp_path):
     assert planned.peak < 0.9 * 80 * GIB
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="decoding copies more than that there")
 def test_a_conversation_is_read_again_behind_a_tool_s_result(parse, tmp_path):
     without = tmp_path / "without.yaml"
     without.write_text("model: {tool_use: null}")

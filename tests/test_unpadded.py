@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     NemotronConfig,
     NemotronForCausalLM,
@@ -119,6 +121,8 @@ def test_layers_that_keep_to_themselves_what_they_do_not_know_are_padded(config_
     model = model_class(config).double().eval()
     use_unpadded(model)
     assert model.config._attn_implementation == "sdpa"
+    if config_class is NemotronConfig and Version(transformers.__version__) < Version("5.19"):
+        return  # it has attention of its own there
     model.set_attn_implementation(UNPADDED)
     with pytest.raises(RuntimeError, match="was not told where its tokens belong, .*attn_implementation to eager"):
         hidden_states(model.base_model, *padded()[:3])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.integrate import trapezoid  # type: ignore[import-untyped]
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
@@ -109,7 +110,7 @@ def mean_height(x: np.ndarray, y: np.ndarray, low: float, high: float) -> float:
     """
     inside = x[(x > low) & (x < high)]
     grid = np.concatenate([[low], inside, [high]])
-    return float(np.trapezoid(np.interp(grid, x, y), grid) / (high - low))
+    return float(trapezoid(np.interp(grid, x, y), grid) / (high - low))
 
 
 def _half_width(rows: np.ndarray) -> np.ndarray | None:

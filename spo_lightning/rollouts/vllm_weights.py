@@ -34,6 +34,7 @@ class PolicyParameters:
     def __init__(self, config: PretrainedConfig) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # Transformers 5.0 does not
         named = dict(model.named_parameters(remove_duplicate=False))
         first_names = {id(parameter): name for name, parameter in reversed(named.items())}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
