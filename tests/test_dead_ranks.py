@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from spo_lightning import cli
 from launched_runs import PATIENCE, LaunchedRun
 
 FOREVER = "--data.num_iterations=100000"
+CONNECTION_LOST = "Connection (closed|reset) by peer"  # reset where the dead process had not read everything
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -24,7 +26,7 @@ def test_rank_one_is_killed(tmp_path, strategy):
         victim = run.rank_one
         os.kill(victim, signal.SIGKILL)
         assert run.wait_for_end() != 0
-        assert f"PID {victim} terminated with code -9" in run.output or "Connection closed by peer" in run.output
+        assert re.search(rf"PID {victim} terminated with code -9|{CONNECTION_LOST}", run.output)
 
 
 def test_rank_zero_is_killed(tmp_path):
@@ -32,7 +34,7 @@ def test_rank_zero_is_killed(tmp_path):
         run.wait_for_iterations(1)
         os.kill(run.process.pid, signal.SIGKILL)
         assert run.wait_for_end() == -signal.SIGKILL
-        assert "has died" in run.output or "Connection closed by peer" in run.output
+        assert re.search(rf"has died|{CONNECTION_LOST}", run.output)
 
 
 def test_one_rank_raises(tmp_path):
