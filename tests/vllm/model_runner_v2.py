@@ -1,7 +1,7 @@
 """A pytest plugin: vLLM's second model runner, GPUs' default, on a CPU, where its Triton kernels are interpreted.
 
-    .venv-vllm/bin/python -m pip install --no-deps --target /tmp/triton triton==3.7.0
-    PYTHONPATH=/tmp/triton:tests/vllm .venv-vllm/bin/python -m pytest -p model_runner_v2 -n 0 --no-cov \
+    .venv-vllm/bin/python -m pip install --no-deps --target .venv-vllm/triton triton==3.7.0
+    PYTHONPATH=.venv-vllm/triton:tests/vllm .venv-vllm/bin/python -m pytest -p model_runner_v2 -n 0 --no-cov \
         tests/vllm/test_vllm_engine.py -k "not stalled"
 
 Ten minutes. Attention remains the CPU's; the kernel of top-k and top-p, which the interpreter cannot run, is vLLM's
