@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spo_lightning.policy import load_tokenizer
+from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 

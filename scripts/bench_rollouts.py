@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spo_lightning.distributed import Ranks
-from spo_lightning.policy import load_tokenizer
+from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rewards import FunctionReward
 from spo_lightning.rollouts import TransformersEngine

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spo_lightning.algorithms.linear_logprobs import ACCELERATOR_CHUNK_ELEMENTS, linear_logprobs
@@ -26,6 +26,7 @@ from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.memory_plan import EngineMemory, MicroBatchMemory, ModelSize, OptimizerMemory
 from spo_lightning.policy import checkpoint_activations, decoder_layers
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
+from spo_lightning.unloaded import unloaded_model
 from spo_lightning.unpadded import UNPADDED, run, use_unpadded
 
 # Whether a mask is needed depends on values, which fake tensors lack; this is sdpa where it is known that none is.
@@ -104,11 +105,7 @@ class FakePolicy:
         lora: LoraSettings | None = None,
     ) -> None:
         self._mode = FakeTensorMode()
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, attn_implementation=attn_implementation
-            )
-        self.model.tie_weights()  # Transformers 5.0 does not
+        self.model: Any = unloaded_model(architecture, dtype=dtype, attn_implementation=attn_implementation)
         use_unpadded(self.model)
         self._attention = self.model.config._attn_implementation
         if lora is not None:

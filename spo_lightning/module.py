@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -42,29 +42,20 @@ from spo_lightning.intervals import estimate
 from spo_lightning.iteration_metrics import (
     completion_records,
     curriculum_metrics,
-    learning_metrics,
-    mismatch_metrics,
     rollout_metrics,
     signal_metrics,
     timing_metrics,
     tool_metrics,
 )
 from spo_lightning.learner import score
+from spo_lightning.learning import Learning
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
-from spo_lightning.policy import (
-    Policy,
-    PolicyConfig,
-    eos_token_ids,
-    export_policy,
-    load_policy,
-    load_tokenizer,
-    tells_packed_sequences_apart,
-)
+from spo_lightning.policy import Policy, PolicyConfig, tells_packed_sequences_apart
+from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
 from spo_lightning.policy_update import PolicyUpdate
-from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows
+from spo_lightning.preparation import decided_rows
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
-from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
@@ -73,7 +64,7 @@ from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
 from spo_lightning.tools.settings import ToolUse
-from spo_lightning.types import BenchmarkBatch, Outcome, Prompt, PromptBatch, SamplingParams
+from spo_lightning.types import BenchmarkBatch, Prompt, PromptBatch, SamplingParams
 from spo_lightning.weight_check import EXACT, TOLERANCE
 
 
@@ -341,16 +332,13 @@ class SPOModule(LightningModule):
             metrics |= tool_metrics(rollouts)
             metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
+        exact = self._computes_alike and metrics.get("sampling/push_difference", float("inf")) <= EXACT
+        learned = self._learning()(batch, collected, exact)
+        metrics |= learned.metrics
         if collected.learned:
-            exact = self._computes_alike and metrics.get("sampling/push_difference", float("inf")) <= EXACT
-            outcome, advantages, learned = self._learn(batch, collected, exact)
-            metrics |= learned
             self.policy_version = batch.iteration + 1
-        else:
-            outcome = self._only_observe(batch, collected)
-            advantages = torch.empty(0, dtype=torch.float64)
         if decided:
-            metrics |= signal_metrics(outcome.reward, collected.baseline[decided], collected.group[decided])
+            metrics |= signal_metrics(learned.outcome.reward, collected.baseline[decided], collected.group[decided])
         tokens = sum(rollout.completion.num_sampled for rollout in rollouts)
         self.completions_seen += len(rollouts)
         self.tokens_seen += tokens + int(collected.metrics.get("collection/dropped_tokens", 0))
@@ -360,96 +348,24 @@ class SPOModule(LightningModule):
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens, idle)
         self.log_dict(metrics, on_step=True, on_epoch=False)
         self.iterations_done = batch.iteration + 1
-        by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, advantages.tolist(), strict=True))
+        by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, learned.advantages.tolist(), strict=True))
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
-        return {"outcome": outcome, "records": records}
+        return {"outcome": learned.outcome, "records": records}
 
-    def _learn(
-        self, batch: PromptBatch, collected: CollectedBatch, exact: bool
-    ) -> tuple[Outcome, Tensor, dict[str, float]]:
-        """Score what must be, update the policy, and tell what came of it, with the normalised advantages.
-
-        The first mini-batch needs no old log-probabilities: its ratio is 1, and those of its own pass are the old ones.
-
-        Args:
-            batch: as drawn.
-            collected: with at least one completion to learn from.
-            exact: whether engine and trainer agree to float32 rounding.
-        """
-        rows = collected.learned
-        rollouts, baseline = [collected.rollouts[row] for row in rows], collected.baseline[rows]
-        experience = build_experience(rollouts, baseline, collected.group[rows], self.advantage)
-        previous = self._previous(batch, collected)
-        minibatches = self._minibatches(len(experience), batch.iteration)
-        fresh = [rollout.completion.first_version == batch.iteration for rollout in rollouts]
-        engines = self._rows_of_engine(minibatches, fresh, exact)
-        old_logprobs = {row: experience.sampling_logprobs[row] for row in engines}
-        later = [row for part in minibatches[1:] for row in part if row not in engines]
-        with self.stages("score"):
-            scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
-        drifts = previous.drifts(self.drift, scored[len(later) :])
-        old_logprobs |= dict(zip(later, scored, strict=False))
-        with self.stages("update"):
-            metrics = self._update(experience, minibatches, old_logprobs, batch.iteration)
-        ordered = [old_logprobs[row] for row in range(len(experience))]
-        outcome = self._outcome(collected, dict(zip(rows, ordered, strict=True)), drifts)
-        reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
-        metrics |= learning_metrics(reward, baseline, experience.advantages)
-        own = [row for row in range(len(experience)) if row not in engines]
-        if own:
-            sampling = [experience.sampling_logprobs[row] for row in own]
-            equal = sum(len(ordered[row]) for row in engines)
-            metrics |= mismatch_metrics([ordered[row] for row in own], sampling, self.correction, equal)
-        return outcome, experience.advantages, metrics
-
-    def _rows_of_engine(self, minibatches: list[list[int]], fresh: list[bool], exact: bool) -> set[int]:
-        """Rows whose old log-probabilities are those of the engine.
-
-        Args:
-            minibatches: rows of each optimiser step.
-            fresh: by row, whether the present weights sampled the whole completion.
-            exact: whether engine and trainer agree to float32 rounding.
-        """
-        if self.old_logprobs == "engine":
-            return {row for part in minibatches for row in part}
-        if self.old_logprobs == "trainer" or not exact or self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            return set()
-        return {row for part in minibatches[1:] for row in part if fresh[row]}
-
-    def _only_observe(self, batch: PromptBatch, collected: CollectedBatch) -> Outcome:
-        """What an iteration without an update teaches: every completion is undecided or discarded."""
-        previous = self._previous(batch, collected)
-        with self.stages("score"):
-            drifts = previous.drifts(self.drift, self.score(previous.sequences))
-        return self._outcome(collected, {}, drifts)
-
-    def _previous(self, batch: PromptBatch, collected: CollectedBatch) -> PreviousCompletions:
-        rollouts = collected.rollouts
-        return PreviousCompletions.of([rollouts[row] for row in decided_rows(rollouts)], batch.previous)
-
-    def _outcome(
-        self, collected: CollectedBatch, old_logprobs: Mapping[int, Tensor], drifts: dict[int, float]
-    ) -> Outcome:
-        """What the tracker and the history learn, also from what is discarded: values from kept groups would be biased.
-
-        Args:
-            collected: with N decided completions.
-            old_logprobs: by row; those that were discarded have none and keep the engine's.
-            drifts: D(x) by prompt index.
-        """
-        rollouts = collected.rollouts
-        completions = {row: rollouts[row].completion for row in decided_rows(rollouts)}
-        logprobs = [
-            old_logprobs[row] if row in old_logprobs else completion.sampling_logprobs[completion.completion_mask]
-            for row, completion in completions.items()
-        ]
-        return build_outcome(rollouts, logprobs, drifts, self.drift_max_tokens, collected.ended)
-
-    def _minibatches(self, count: int, iteration: int) -> list[list[int]]:
-        """Rows of each optimiser step, drawn alike on every rank."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, SeedStream.MINIBATCH, iteration))
-        order = torch.randperm(count, generator=generator)
-        return [rows.tolist() for rows in order.tensor_split(min(self.num_minibatches, count))]
+    def _learning(self) -> Learning:
+        return Learning(
+            score=self.score,
+            update=self._update,
+            stages=self.stages,
+            advantage=self.advantage,
+            correction=self.correction,
+            old_logprobs=self.old_logprobs,
+            drift=self.drift,
+            drift_max_tokens=self.drift_max_tokens,
+            sampling=self.sampling,
+            num_minibatches=self.num_minibatches,
+            seed=self.seed,
+        )
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Log-probability of every sampled token under the present policy; see ``learner.score``."""
@@ -458,7 +374,7 @@ class SPOModule(LightningModule):
     def _update(
         self,
         experience: Experience,
-        minibatches: list[list[int]],
+        minibatches: Sequence[Sequence[int]],
         old_logprobs: dict[int, Tensor],
         iteration: int,
     ) -> dict[str, float]:

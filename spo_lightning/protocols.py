@@ -42,6 +42,11 @@ class EngineContext:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def known_tokens(self) -> int:
+        """One more than the largest id that the tokenizer knows; embeddings from there on pad the vocabulary."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
 
 class RolloutEngine(ABC):
     """Streaming generation: requests go in at any time, finished completions come out as they finish.

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.policy import PolicyConfig, load_policy, plain_name
+from spo_lightning.policy import PolicyConfig, plain_name
+from spo_lightning.policy_files import load_policy
 
 METADATA = "meta.pt"
 OPTIMIZER = "optimizer_0"  # Lightning's name of the only one

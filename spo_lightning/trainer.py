@@ -18,7 +18,7 @@ from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
-from spo_lightning.policy import require_place_for_export
+from spo_lightning.policy_files import require_place_for_export
 from spo_lightning.resume import Resume
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 

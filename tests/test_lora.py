@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings, merge_adapters
-from spo_lightning.policy import PolicyConfig, export_policy, load_policy
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.policy_files import export_policy, load_policy
 from spo_lightning.sharding import full_state
 
 from runs import make_run, write_inputs

@@ -15,7 +15,8 @@ from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource, ValueFile, ValueRow, write_values
 from spo_lightning.errors import ConfigError
 from spo_lightning.nonfinite import NonFiniteError
-from spo_lightning.policy import PolicyConfig, load_policy
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.policy_files import load_policy
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.tools.settings import ToolUse

@@ -25,7 +25,8 @@ from spo_lightning.data import Benchmark, PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.experience import TokenSequence
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import Policy, PolicyConfig, decoder_layers, load_policy, tells_packed_sequences_apart
+from spo_lightning.policy import Policy, PolicyConfig, decoder_layers, tells_packed_sequences_apart
+from spo_lightning.policy_files import load_policy
 from spo_lightning.run_checks import check_trainer
 
 from runs import Recorder, make_run, write_inputs

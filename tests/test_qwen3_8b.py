@@ -11,7 +11,8 @@ from packaging.version import Version
 from spo_lightning.memory_layout import layout_of
 from spo_lightning.memory_settings import Settings
 from spo_lightning.plan_command import PlanCLI, plan, report
-from spo_lightning.policy import PolicyConfig, decoder_layers, load_policy
+from spo_lightning.policy import PolicyConfig, decoder_layers
+from spo_lightning.policy_files import load_policy
 
 from tiny_models import make_char_tokenizer
 

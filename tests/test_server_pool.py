@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerClient
+from spo_lightning.rollouts.server_files import FileLink
 from spo_lightning.rollouts.server_pool import ServerPool
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_thread import LoopThread
-from spo_lightning.rollouts.server_weights import FileLink, PushedWeights
+from spo_lightning.rollouts.server_weights import PushedWeights
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.types import Completion, RolloutRequest, SamplingParams
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
+from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
-from spo_lightning.rollouts.server_weights import FileTransfer, PushedWeights, WeightLayout, WeightTransfer
+from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
 
@@ -63,6 +66,14 @@ def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dty
     assert torch.equal(data, torch.cat([value.reshape(-1).view(torch.uint8) for value in expected.values()]))
     with pytest.raises(ValueError, match="dtype is 'int8'; weights are pushed as one of float32, bfloat16"):
         layout_of(tmp_path, "int8")
+
+
+def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    """vLLM would take a push of their fused experts without complaint, and sample from something else."""
+    config = Qwen3MoeConfig(num_experts=2, num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64)
+    config.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM.*fused experts.*TransformersEngine"):
+        layout_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])

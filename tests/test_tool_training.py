@@ -20,7 +20,8 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.experience import TokenSequence
 from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import PolicyConfig, load_policy
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.policy_files import load_policy
 from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome
 from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.rollouts.collection import Collection

@@ -15,7 +15,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from spo_lightning.policy import Policy, PolicyConfig, export_policy, load_policy
+from spo_lightning.policy import Policy, PolicyConfig
+from spo_lightning.policy_files import export_policy, load_policy
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
 from tiny_models import make_char_tokenizer, make_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from against_trl.settings import HELD_OUT
 
 from spo_lightning.data.prompt_format import PromptFormatter
-from spo_lightning.policy import load_tokenizer
+from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rewards import MathVerifyReward
 from spo_lightning.rollouts import TransformersEngine

@@ -8,7 +8,7 @@ from typing import cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spo_lightning.module import SPOModule
-from spo_lightning.policy import require_place_for_export
+from spo_lightning.policy_files import require_place_for_export
 
 
 class ExportPolicy(Callback):

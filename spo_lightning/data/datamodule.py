@@ -30,7 +30,7 @@ from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.training_stream import TrainingStream
 from spo_lightning.data.value_start import DrawValues, PriorStart, StartValues, ValueStart
 from spo_lightning.errors import ConfigError
-from spo_lightning.policy import load_tokenizer
+from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.tools.formats import ChatTemplateCalls
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import Outcome

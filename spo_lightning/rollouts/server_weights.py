@@ -1,28 +1,22 @@
 """A full set of weights on its way to servers: what it holds, where it waits, and how it goes to one of them.
 
-Here it waits as a safetensors file in a folder that the servers see; ``server_broadcast.py`` keeps it in memory.
+In ``server_files.py`` it waits as a safetensors file in a folder that the servers see, in ``server_broadcast.py`` in
+memory.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
-import os
-import shutil
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
+from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_client import ServerClient
-
-log = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -44,6 +38,7 @@ class WeightLayout:
 
     Raises:
         ValueError: the dtype is none that is pushed.
+        ConfigError: the model is a mixture of experts.
     """
 
     def __init__(self, model_path: str, revision: str | None, dtype: str) -> None:
@@ -52,7 +47,8 @@ class WeightLayout:
             known = ", ".join(str(key).removeprefix("torch.") for key in DTYPE_CODES)
             raise ValueError(f"dtype is {dtype!r}; weights are pushed as one of {known}")
         self.dtype: torch.dtype = found
-        self.names, self.shapes = _expected_parameters(model_path, revision)
+        expected = PolicyParameters(AutoConfig.from_pretrained(model_path, revision=revision))
+        self.names, self.shapes = expected.canonical, expected.shapes
         self.offsets: dict[str, int] = {}
         self.size = 0
         for name in self.shapes:
@@ -177,151 +173,3 @@ class WeightTransfer:
                 f"the pushed parameters do not fit the servers' model: {'; '.join(problems)}. Push every parameter of "
                 "a model with the same configuration, unsharded, under its named_parameters() names."
             )
-
-
-class FileTransfer(WeightTransfer):
-    """Writes sets into a folder, and keeps complete files there until they are removed.
-
-    Args:
-        layout: of the policy.
-        folder: where to write, of this run alone; the servers see it under the same path.
-    """
-
-    def __init__(self, layout: WeightLayout, folder: Path) -> None:
-        super().__init__(layout)
-        self._folder = folder
-        self._lock: IO[str] | None = None
-        self._header = _header(layout)
-        self._size = len(self._header) + layout.size
-
-    def claim(self) -> None:
-        """Take the folder for this run, and delete weight files that killed runs left in it.
-
-        Raises:
-            RuntimeError: another run has it, or it has no room for two files.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._folder)
-        self.remove()
-        free = shutil.disk_usage(self._folder).free
-        if free < 2 * self._size:
-            self.release()
-            raise RuntimeError(
-                f"weights_folder {self._folder} has {free} bytes free; it must have room for two files of {self._size} "
-                "bytes. Free some, take another folder, or halve them by weights_dtype bfloat16"
-            )
-
-    def release(self) -> None:
-        """Delete all weight files, and let other runs have the folder."""
-        self.remove()
-        if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing would not do: forked processes have the file open too
-            self._lock.close()
-            self._lock = None
-
-    def link(self, number: int) -> WeightLink:
-        """A way that tells the server the file's path."""
-        return FileLink()
-
-    @torch.no_grad()
-    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
-        """Write one set, one tensor in memory at a time; see ``WeightTransfer.write``. No file is left of a bad one."""
-        stream = iter(named_parameters)
-        path = self._folder / f"weights-{name}.safetensors"
-        unfinished = path.with_name(f"weights-{name}-unfinished.safetensors")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("w+b") as file:
-                file.write(self._header)
-                self._copy(stream, _FileSink(file, self.layout, len(self._header)))
-                file.truncate(self._size)
-                file.flush()
-                os.fsync(file.fileno())
-            return PushedWeights(path=unfinished.replace(path))
-        except OSError as error:
-            for _ in stream:
-                pass
-            raise RuntimeError(
-                f"cannot write {self._size} bytes of weights to weights_folder {self._folder}: {error}. It must be "
-                "writable and have room for two such files"
-            ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    def remove(self, kept: Iterable[PushedWeights] = ()) -> None:
-        """Delete the folder's weight files but some."""
-        for path in set(self._folder.glob("weights-*.safetensors")) - {weights.path for weights in kept}:
-            path.unlink(missing_ok=True)
-
-
-class FileLink(WeightLink):
-    """Tells a server the path of the file."""
-
-    async def connect(self, client: ServerClient) -> None:
-        """Nothing: a path is all that it needs."""
-
-    async def send(self, client: ServerClient, weights: PushedWeights) -> None:
-        """Have the server load the file."""
-        await client.update_weights({"path": str(weights.path)})
-
-    def drop(self) -> None:
-        """Nothing: it knows nothing of the server."""
-
-
-class _FileSink(WeightSink):
-    def __init__(self, file: IO[bytes], layout: WeightLayout, begin: int) -> None:
-        self._file, self._layout, self._begin = file, layout, begin
-
-    def put(self, name: str, value: Tensor) -> None:
-        self._file.write(self._at(name, value))
-
-    def holds(self, name: str, value: Tensor) -> bool:
-        data = self._at(name, value)
-        return self._file.read(len(data)) == data
-
-    def _at(self, name: str, value: Tensor) -> memoryview:
-        """The value's bytes, with the file at their place."""
-        self._file.seek(self._begin + self._layout.offsets[name])
-        return value.detach().to("cpu", self._layout.dtype).reshape(-1).view(torch.uint8).numpy().data
-
-
-def _lock(folder: Path) -> IO[str]:
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise RuntimeError(
-            f"weights_folder {folder} is in use by another run; give each run a folder of its own"
-        ) from error
-    except OSError as error:
-        log.warning("weights_folder %s cannot be locked (%s); make sure that no other run uses it", folder, error)
-    return file
-
-
-def _expected_parameters(model_path: str, revision: str | None) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Every name of each parameter with the name it is pushed under, and the shapes by the latter."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path, revision=revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: own[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return names, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _header(layout: WeightLayout) -> bytes:
-    """The first bytes of a safetensors file with the set's bytes after them."""
-    entries: dict[str, Any] = {
-        name: {
-            "dtype": DTYPE_CODES[layout.dtype],
-            "shape": list(shape),
-            "data_offsets": [layout.offsets[name], layout.offsets[name] + layout.bytes_of(name)],
-        }
-        for name, shape in layout.shapes.items()
-    }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -110,8 +110,7 @@ class TransformersEngine(RolloutEngine):
         self._tokenizer = context.tokenizer
         self._eos_token_ids = frozenset(context.eos_token_ids)
         self._embedded_tokens = int(model.get_input_embeddings().num_embeddings)
-        known_tokens = max(context.tokenizer.get_vocab().values()) + 1
-        self._batch = RunningBatch(self._model, self._device, known_tokens, self.max_prefill_tokens)
+        self._batch = RunningBatch(self._model, self._device, context.known_tokens, self.max_prefill_tokens)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Queue requests; nothing is computed before ``step``.

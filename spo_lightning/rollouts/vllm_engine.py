@@ -126,7 +126,8 @@ class VLLMEngine(RolloutEngine):
         import_vllm()
         from transformers import AutoConfig
 
-        from spo_lightning.rollouts.vllm_weights import PolicyParameters, hide_tokens
+        from spo_lightning.rollouts.policy_parameters import PolicyParameters
+        from spo_lightning.rollouts.vllm_weights import hide_tokens
 
         config = AutoConfig.from_pretrained(context.model_path, revision=context.revision)
         asked = context.max_model_len if self.asked_model_len is None else self.asked_model_len
@@ -137,9 +138,8 @@ class VLLMEngine(RolloutEngine):
         self._fruitless_s = 0.0
         self._tokenizer = context.tokenizer
         self._requests = VLLMRequests(frozenset(context.eos_token_ids))
-        known_tokens = max(context.tokenizer.get_vocab().values()) + 1
-        if known_tokens < self._parameters.num_embeddings:
-            self._process.llm.apply_model(partial(hide_tokens, first=known_tokens))
+        if context.known_tokens < self._parameters.num_embeddings:
+            self._process.llm.apply_model(partial(hide_tokens, first=context.known_tokens))
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Queue requests; nothing is computed before ``step``.

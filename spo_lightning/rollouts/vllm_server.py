@@ -138,6 +138,7 @@ class VLLMServerEngine(RolloutEngine):
             RuntimeError: the engine was started before, a server does not answer in time or cannot be sent weights,
                 another run has the weights folder or the port, or there is no room for the weights.
             ValueError: a server does not fit the run: another model, too short a length, missing options.
+            ConfigError: the policy is a mixture of experts.
         """
         if self._thread is not None:
             raise RuntimeError("the engine is started already; start it once, or close() it first")
@@ -283,7 +284,8 @@ class VLLMServerEngine(RolloutEngine):
 
     def _weight_transfer(self, context: EngineContext) -> WeightTransfer:
         from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
-        from spo_lightning.rollouts.server_weights import FileTransfer, WeightLayout, WeightTransfer
+        from spo_lightning.rollouts.server_files import FileTransfer
+        from spo_lightning.rollouts.server_weights import WeightLayout, WeightTransfer
 
         layout = WeightLayout(context.model_path, context.revision, self.weights_dtype or context.dtype)
         if context.rank > 0:
@@ -313,8 +315,7 @@ class VLLMServerEngine(RolloutEngine):
         session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
         timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
         clients = [ServerClient(url, session, *timeouts) for url in self.urls]
-        known_tokens = max(context.tokenizer.get_vocab().values()) + 1
-        check = ServerCheck(context.model_path, context.max_model_len, known_tokens)
+        check = ServerCheck(context.model_path, context.max_model_len, context.known_tokens)
         servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         try:
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))

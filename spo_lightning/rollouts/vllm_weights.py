@@ -12,41 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from spo_lightning.errors import ConfigError
-
-
-class PolicyParameters:
-    """Names, shapes and ties of a policy's parameters, known from its configuration alone.
-
-    Args:
-        config: of the policy.
-
-    Attributes:
-        num_embeddings: tokens that the model has embeddings for.
-
-    Raises:
-        ConfigError: the model is a mixture of experts. Transformers fuses these, and vLLM's loader takes the fused
-            parameters in wrongly, without a word: log-probabilities were off by 2 after a push.
-    """
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()  # Transformers 5.0 does not
-        named = dict(model.named_parameters(remove_duplicate=False))
-        first_names = {id(parameter): name for name, parameter in reversed(named.items())}
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        self.canonical = {name: first_names[id(parameter)] for name, parameter in named.items()}
-        self.tied = {canonical for name, canonical in self.canonical.items() if canonical != name}
-        self.num_embeddings = int(model.get_input_embeddings().num_embeddings)
-        self.model_name = type(model).__name__
-        if any(".experts." in name for name in named):
-            raise ConfigError(
-                f"VLLMEngine takes no {self.model_name}: vLLM cannot be given new weights of fused experts; take a "
-                "dense model, or TransformersEngine"
-            )
+from spo_lightning.rollouts.policy_parameters import PolicyParameters
 
 
 class CheckedStream:
@@ -62,6 +29,7 @@ class CheckedStream:
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
         self._source = iter(named_parameters)
         self._expected = expected
+        self._tied_names = {first for name, first in expected.canonical.items() if first != name}
         self._problems: list[str] = []
         self._came: dict[str, str] = {}
         self._tied: dict[str, Tensor] = {}
@@ -90,8 +58,8 @@ class CheckedStream:
         """
         if self._failure is not None:
             raise self._failure
-        needed = dict.fromkeys(self._expected.canonical.values())
-        problems = self._problems + [f"{name} is missing" for name in needed if name not in self._came]
+        missing = [f"{name} is missing" for name in self._expected.shapes if name not in self._came]
+        problems = self._problems + missing
         if problems:
             raise ValueError(
                 f"the pushed parameters do not fit the engine's {self._expected.model_name}: {'; '.join(problems)}. "
@@ -100,20 +68,20 @@ class CheckedStream:
             )
 
     def _fits(self, name: str, value: Tensor) -> bool:
-        shape = self._expected.shapes.get(name)
-        if shape is None:
+        canonical = self._expected.canonical.get(name)
+        if canonical is None:
             self._problems.append(f"{name} is unknown")
             return False
+        shape = self._expected.shapes[canonical]
         if shape != tuple(value.shape):
             self._problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shape}")
             return False
-        canonical = self._expected.canonical[name]
         if canonical in self._came:
             if not torch.equal(self._tied[canonical], value):
                 self._problems.append(f"{name} differs from {self._came[canonical]}, to which the model ties it")
             return False
         self._came[canonical] = name
-        if canonical in self._expected.tied:
+        if canonical in self._tied_names:
             self._tied[canonical] = value
         return True
 
