@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -156,12 +156,12 @@ def mismatch_metrics(
 
 
 def timing_metrics(
-    seconds: dict[str, float], total: float, tokens: int, engine_idle: float | None = None
+    seconds: Mapping[str, float], total: float, tokens: int, idle: Mapping[str, float]
 ) -> dict[str, float]:
     """Seconds by stage, sampled tokens per second of the whole iteration, and what a background engine idled."""
     return {
         **{f"timing/{stage}_s": value for stage, value in seconds.items()},
-        **({} if engine_idle is None else {"timing/engine_idle_s": engine_idle}),
+        **{f"timing/{name}": value for name, value in idle.items()},
         "timing/iteration_s": total,
         "perf/tokens_per_second": tokens / total,
     }

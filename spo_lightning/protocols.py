@@ -102,13 +102,13 @@ class RolloutEngine(ABC):
     def num_open(self) -> int:
         """Requests submitted and neither returned nor aborted."""
 
-    def take_idle_seconds(self) -> float | None:
-        """Seconds since the last call, or the start, in which no request was left to work on.
+    def take_idle_seconds(self) -> dict[str, float]:
+        """What an engine that runs in the background idled since the last call, or the start, in seconds.
 
-        Of an engine that runs in the background; ``None`` where it is not known, or where the engine works only when it
-        is called.
+        Logged under ``timing/``, by name; ``engine_idle_s`` is the time in which no request was left to work on. Empty
+        where it is not known, or where the engine works only when it is called.
         """
-        return None
+        return {}
 
     @abstractmethod
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -63,7 +63,7 @@ class IdlingEngine(TransformersEngine):
 
     def take_idle_seconds(self):
         self.seconds += 1
-        return self.seconds
+        return {"engine_idle_s": self.seconds, "server_idle_max_s": 2 * self.seconds}
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,14 @@ def test_what_an_engine_idled_is_taken_once_an_iteration(tmp_path, tool_use):
     trainer, module, data = make_run(tmp_path, callbacks=[recorder], **settings)
     trainer.fit(module, data)
     assert [metrics["timing/engine_idle_s"] for metrics in recorder.metrics] == [5, 6, 7]
+    assert [metrics["timing/server_idle_max_s"] for metrics in recorder.metrics] == [10, 12, 14]
 
 
 def test_an_engine_that_works_only_when_called_does_not_idle(tmp_path):
     recorder = Recorder()
     trainer, module, data = make_run(tmp_path, callbacks=[recorder], data={"num_iterations": 1})
     trainer.fit(module, data)
-    assert "timing/rollout_s" in recorder.metrics[0] and "timing/engine_idle_s" not in recorder.metrics[0]
+    assert "timing/rollout_s" in recorder.metrics[0] and not [name for name in recorder.metrics[0] if "idle" in name]
 
 
 # Log-probabilities and entropy

@@ -283,6 +283,10 @@ async def test_a_missing_route_is_named_with_its_option() -> None:
         assert "lacks --enable-scale-out" in pool.causes()
 
 
+def engine_idle(pool: ServerPool) -> float:
+    return pool.take_idle_seconds()["engine_idle_s"]
+
+
 @on_a_loop
 async def test_idle_time_is_that_without_an_unfinished_request(tmp_path: Path) -> None:
     """The test's own clock moves only between events, by a power of two each, so that a sum tells its parts."""
@@ -291,7 +295,7 @@ async def test_idle_time_is_that_without_an_unfinished_request(tmp_path: Path) -
     async with pool_of(server, clock=lambda: float(now)) as pool:
         await until(lambda: "is usable" in pool.causes())
         now += 1  # nothing was asked for yet
-        assert pool.idle_time.take() == 1
+        assert engine_idle(pool) == 1
         now += 2
         ask(pool, [0, 1], tokens=100_000)
         await until(lambda: server.running == 2)
@@ -304,7 +308,7 @@ async def test_idle_time_is_that_without_an_unfinished_request(tmp_path: Path) -
         await pool.want(Target(9, "weights of nobody"), 5.0)
         await until(lambda: "not version 9" in pool.causes() and not server.running)  # a request waits for a server
         now += 32
-        assert pool.idle_time.take() == 2
+        assert engine_idle(pool) == 2
         pool.remove([1])
         now += 64
         await pool.want(target(tmp_path, 7), 5.0)
@@ -315,8 +319,34 @@ async def test_idle_time_is_that_without_an_unfinished_request(tmp_path: Path) -
         now += 512  # it has finished, and nobody has taken it
         assert [completion.request_id for completion in await drain(pool)] == [2, 3]
         now += 1024
-        assert pool.idle_time.take() == 64 + 128 + 512 + 1024
-        assert pool.idle_time.take() == 0
+        assert engine_idle(pool) == 64 + 128 + 512 + 1024
+        assert engine_idle(pool) == 0
+
+
+@on_a_loop
+async def test_a_server_without_a_request_idles_though_another_works() -> None:
+    """The clock as above; the servers' times are told apart by their mean and the longest."""
+    now = 0
+    servers = FakeServer(), FakeServer()
+    async with pool_of(*servers, clock=lambda: float(now)) as pool:
+        await until(lambda: pool.causes().count("is usable") == 2)
+        now += 1
+        assert pool.take_idle_seconds() == {"engine_idle_s": 1, "server_idle_mean_s": 1, "server_idle_max_s": 1}
+        ask(pool, [0], tokens=100_000)
+        await until(lambda: sum(server.running for server in servers) == 1)
+        now += 2  # one of them works
+        ask(pool, [1], tokens=100_000)
+        await until(lambda: all(server.running for server in servers))
+        now += 4
+        pool.remove([0])
+        await until(lambda: sum(server.running for server in servers) == 1)
+        now += 8  # the other one does
+        pool.hold()
+        await until(lambda: not any(server.running for server in servers))
+        now += 16  # neither: a request waits
+        idle = pool.take_idle_seconds()
+        assert idle == {"engine_idle_s": 0, "server_idle_mean_s": 16 + (2 + 8) / 2, "server_idle_max_s": 8 + 16}
+        assert set(pool.take_idle_seconds().values()) == {0}
 
 
 class WeightServer(FakeServer):

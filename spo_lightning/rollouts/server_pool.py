@@ -39,7 +39,7 @@ class ServerPool:
         requests: how to ask for tokens.
         max_streams: most requests open at one server.
         probe_interval: seconds between two looks at a server.
-        clock: gives the seconds that ``idle_time`` counts.
+        clock: gives the seconds that ``take_idle_seconds`` counts.
 
     Attributes:
         idle_time: seconds in which no request was unfinished, usable servers or not.
@@ -54,8 +54,9 @@ class ServerPool:
         probe_interval: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.idle_time = IdleTime(clock)
         self._servers = list(servers)
+        self.idle_time = IdleTime(clock)
+        self._idle_servers = {server: IdleTime(clock) for server in self._servers}
         self._requests = requests
         self._max_streams = max_streams
         self._keeper = Keeper(check, probe_interval, self._looked)
@@ -80,7 +81,6 @@ class ServerPool:
         for server in self._servers:
             if server.answers and server.held is None:
                 server.nudge.set()  # rank 0 may have given it the weights since it was looked at
-        self._note_work()
         self._dispatch()
 
     async def take(self, wait: float, give_up_after: float) -> list[Completion]:
@@ -120,6 +120,15 @@ class ServerPool:
     def partials(self) -> list[Completion]:
         """What every open request has, with its real reason where it has finished."""
         return [job.row.completion(job.reason or "aborted") for job in self._open.values()]
+
+    def take_idle_seconds(self) -> dict[str, float]:
+        """See ``VLLMServerEngine.take_idle_seconds``."""
+        servers = [idle.take() for idle in self._idle_servers.values()]
+        return {
+            "engine_idle_s": self.idle_time.take(),
+            "server_idle_mean_s": sum(servers) / len(servers),
+            "server_idle_max_s": max(servers),
+        }
 
     def weights_in_use(self) -> set[PushedWeights]:
         """Sets that a server may still be given, or is loading."""
@@ -207,7 +216,7 @@ class ServerPool:
         while self._waiting and not self._problem:
             usable = [s for s in self._servers if s.held and not s.suspects and len(s.streams) < limit]
             if not usable:
-                return
+                break
             server = min(usable, key=lambda server: (len(server.streams), server.turn))
             _, job = heapq.heappop(self._waiting)
             if self._open.get(job.row.request.request_id) is job:
@@ -216,6 +225,7 @@ class ServerPool:
                 task = self._spawn(self._run(server, job, str(server.held), self._version))
                 server.streams[job] = task
                 task.add_done_callback(partial(self._ended, server, job))
+        self._note_work()
 
     def _stream_limit(self) -> int:
         """Most streams of a server now: a fair share while others still load weights, so that these get theirs."""
@@ -258,12 +268,13 @@ class ServerPool:
         del server.streams[job]
         if job.reason is None:
             heapq.heappush(self._waiting, (job.rank, job))
-        self._note_work()
         self._dispatch()
         self._changed.set()
 
     def _note_work(self) -> None:
         self.idle_time.note(idle=all(job.reason is not None for job in self._open.values()))
+        for server, idle in self._idle_servers.items():
+            idle.note(idle=not server.streams)
 
     def _take_finished(self) -> list[Completion]:
         done = [request_id for request_id, job in self._open.items() if job.reason is not None]

@@ -176,7 +176,7 @@ class ToolEngine(RolloutEngine):
         """Requests submitted and neither returned nor aborted."""
         return len(self._open)
 
-    def take_idle_seconds(self) -> float | None:
+    def take_idle_seconds(self) -> dict[str, float]:
         """Of the inner engine, which has nothing to do while all completions wait for tools."""
         return self.engine.take_idle_seconds()
 

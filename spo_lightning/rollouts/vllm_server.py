@@ -214,12 +214,14 @@ class VLLMServerEngine(RolloutEngine):
         """Requests submitted and neither returned nor aborted."""
         return 0 if self._thread is None else len(self._pool)
 
-    def take_idle_seconds(self) -> float:
-        """Seconds since the last call, or the start, in which this rank had no unfinished request for any server.
+    def take_idle_seconds(self) -> dict[str, float]:
+        """Seconds since the last call, or the start, in which requests of this rank were missing.
 
-        Requests that wait while no server is usable, or while all load weights, are unfinished.
+        ``engine_idle_s``: it had no unfinished one for any server. Requests that wait while no server is usable, or
+        while all load weights, are unfinished. ``server_idle_mean_s`` and ``server_idle_max_s``, over the servers: none
+        was at the server, whatever the reason.
         """
-        return self._started().call(self._pool.idle_time.take)
+        return self._started().call(self._pool.take_idle_seconds)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give the servers new weights. Open requests keep their tokens and go on under the new weights.
