@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
 from spo_lightning.callbacks.preemption import NotedSignals, Preemption
+from spo_lightning.callbacks.release import ReleaseAfterError
 from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
@@ -37,9 +38,9 @@ DEFAULTS: dict[str, Any] = {
 class SPOTrainer(Trainer):
     """``lightning.pytorch.Trainer`` with what SPO needs of it.
 
-    Adds the tracker callback, before all others so that they see the tracker after its update, atomic checkpoints, and
-    an orderly end on SIGTERM; sets ``DEFAULTS`` where the caller says nothing; has two more jobs, ``estimate`` and
-    ``export``.
+    Adds the tracker callback, before all others so that they see the tracker after its update, atomic checkpoints, an
+    orderly end on SIGTERM, and the release of engine and graders after an error; sets ``DEFAULTS`` where the caller
+    says nothing; has two more jobs, ``estimate`` and ``export``.
 
     Args:
         kwargs: arguments of ``lightning.pytorch.Trainer``.
@@ -49,7 +50,7 @@ class SPOTrainer(Trainer):
         plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
+        callbacks = [ValueTrackerCallback(), Preemption(), ReleaseAfterError(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
         self._checkpoint_connector = Resume(self)

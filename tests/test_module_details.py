@@ -85,6 +85,64 @@ def test_an_engine_that_works_only_when_called_does_not_idle(tmp_path):
     assert "timing/rollout_s" in recorder.metrics[0] and not [name for name in recorder.metrics[0] if "idle" in name]
 
 
+# Release after an error
+
+
+class FailingEngine(TransformersEngine):
+    """Its fifth step fails, and closing it counts, and fails if told so."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps_left, self.closed, self.fails_to_close = 4, 0, False
+        self.before_failure = lambda: None
+
+    def step(self):
+        self.steps_left -= 1
+        if self.steps_left == -1:
+            self.before_failure()
+            raise RuntimeError("the fifth step")
+        return super().step()
+
+    def close(self):
+        super().close()
+        self.closed += 1
+        if self.fails_to_close:
+            raise OSError("no way to close")
+
+
+def test_after_an_error_the_same_module_can_be_fitted_again(tmp_path):
+    trainer, module, data = make_run(tmp_path, engine=FailingEngine())
+    with pytest.raises(RuntimeError, match="the fifth step"):
+        trainer.fit(module, data)
+    recorder = Recorder()
+    again, _, data = make_run(tmp_path, callbacks=[recorder])
+    again.fit(module, data)
+    assert len(recorder.metrics) == 3
+
+
+def test_an_engine_that_cannot_be_closed_does_not_hide_the_error_of_the_run(tmp_path, caplog):
+    engine = FailingEngine()
+    engine.fails_to_close = True
+    trainer, module, data = make_run(tmp_path, engine=engine)
+    with pytest.raises(RuntimeError, match="the fifth step"):
+        trainer.fit(module, data)
+    assert "after RuntimeError the engine could not be closed: no way to close" in caplog.text
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_beside_other_ranks_only_an_engine_that_runs_elsewhere_is_closed(tmp_path, background):
+    engine = FailingEngine()
+    trainer, module, data = make_run(tmp_path, engine=engine)
+
+    def be_one_of_two():
+        module.ranks.world_size, engine.runs_in_background = 2, background
+
+    engine.before_failure = be_one_of_two
+    with pytest.raises(RuntimeError, match="the fifth step"):
+        trainer.fit(module, data)
+    assert engine.closed == background
+
+
 # Log-probabilities and entropy
 
 
