@@ -80,11 +80,12 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
             f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
             "trainer.default_root_dir on a file system that all nodes share"
         )
-    interval, iterations = module.trainer.val_check_interval, data.num_iterations
+    interval, limit = module.trainer.val_check_interval, module.trainer.limit_train_batches
+    iterations = min(data.num_iterations, limit if isinstance(limit, int) else int(limit * data.num_iterations))
     if module.trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > iterations:
         raise ConfigError(
-            f"trainer.check_val_every_n_epoch is set, and trainer.val_check_interval={interval} is more than "
-            f"data.num_iterations={iterations}; leave check_val_every_n_epoch null, as a run is one epoch"
+            f"trainer.check_val_every_n_epoch is set, and trainer.val_check_interval={interval} is more than the "
+            f"{iterations} iterations of the run; leave check_val_every_n_epoch null, as a run is one epoch"
         )
     check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
     _check_collection(module, data)

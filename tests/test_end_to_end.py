@@ -19,6 +19,7 @@ from spo_lightning.cli import SPOCLI
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 8
+EPOCHS = ("--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=4")
 SMALL = [
     "--data.batch_size=16",
     f"--data.num_iterations={ITERATIONS}",
@@ -234,8 +235,16 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--trainer.devices=0"], ["devices='0'", "not a valid input"]),
         (["--trainer.val_check_interval=0.5"], ["`val_check_interval` should be an integer"]),
         (
-            ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=50"],
-            ["trainer.val_check_interval=50 is more than data.num_iterations=8"],
+            [*EPOCHS, "--trainer.val_check_interval=50"],
+            ["val_check_interval=50 is more than the 8 iterations of the run"],
+        ),
+        (
+            [*EPOCHS, "--trainer.limit_train_batches=2"],
+            ["val_check_interval=4 is more than the 2 iterations of the run"],
+        ),
+        (
+            [*EPOCHS, "--trainer.limit_train_batches=.4"],
+            ["val_check_interval=4 is more than the 3 iterations of the run"],
         ),
         (["--model.policy.attn_implementation=quick"], ["quickstart/policy cannot be loaded", "quick"]),
         (["--model.engine=VLLMServeEngine"], ["Did you mean: VLLMServerEngine, VLLMEngine"]),
