@@ -215,11 +215,10 @@ def gradient_norm(policy: nn.Module) -> float:
         return square.sqrt().item()
     if not gradients or not isinstance(gradients[0], DTensor):
         return _norm(gradients).item()
-    # Each rank's own parts first: offloaded ones are on the host, where NCCL cannot add up.
+    # Each rank's own parts first: offloaded ones are on the host, where NCCL cannot add. from_local moves their norm.
     norms = [cast(DTensor, norm) for norm in torch._foreach_norm(gradients, 2, torch.float32)]
-    mesh = norms[0].device_mesh
-    parts = torch.stack([norm.to_local() for norm in norms]).to(mesh.device_type)
-    return DTensor.from_local(parts.norm(), mesh, norms[0].placements).full_tensor().item()
+    own = torch.stack([norm.to_local() for norm in norms]).norm()
+    return DTensor.from_local(own, norms[0].device_mesh, norms[0].placements).full_tensor().item()
 
 
 def _norm(gradients: list[Tensor], device: torch.device | None = None) -> Tensor:
