@@ -192,6 +192,7 @@ def test_test_and_export_take_the_last_checkpoint(uninterrupted):
     assert_run_is_left_as_it_was(folder)
     assert "| avg@4 " in tested.stdout and "| maj@4 " in tested.stdout
     assert "test/arithmetic/avg_at_4" not in tested.stdout  # Lightning's own long table
+    assert "goes on with other settings" not in tested.stderr  # a test trains nothing
     exported = spo(folder, "export", "--ckpt_path=last", f"--output={folder / 'exported'}")
     assert str(folder / "exported") in exported.stdout
     first, second = (AutoModelForCausalLM.from_pretrained(folder / p) for p in ("exported", "run/policy"))
