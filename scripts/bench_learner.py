@@ -41,7 +41,13 @@ from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import Policy, checkpoint_activations, decoder_layers, tells_packed_sequences_apart
+from spo_lightning.policy import (
+    Policy,
+    checkpoint_activations,
+    compile_layers,
+    decoder_layers,
+    tells_packed_sequences_apart,
+)
 from spo_lightning.unpadded import UNPADDED
 
 BAR_SIZE, MEMORY_BAR, TIME_BAR = (4096, 151_936), 1 / 8, 1.15
@@ -188,8 +194,7 @@ def build_policy(task: Mapping[str, Any], device: str) -> Policy:
     if task["checkpointing"]:
         checkpoint_activations(model)
     if task["compile"]:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
+        compile_layers(model, sharded=False)
     policy = Policy(model.train(), lora, "liger" if task["head"] == "liger" else "torch")
     model.set_attn_implementation(task["attention"])
     return policy
