@@ -108,6 +108,26 @@ def test_a_run_with_carried_rollouts_resumes_exactly(tmp_path):
     assert any(metrics["sampling/effective_sample_size"] < 1 - 1e-4 for metrics in whole.recorder.metrics)
 
 
+class Fails(Callback):
+    """Ends a run in its second iteration; notes the weight files of then."""
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+        self.files: list[Path] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.files = list(self.weights.glob("*.safetensors"))
+            raise ArithmeticError("the second iteration")
+
+
+def test_after_a_run_that_failed_the_process_can_have_another_engine(tmp_path):
+    write_inputs(tmp_path, **SHAPE)
+    with pytest.raises(ArithmeticError, match="the second iteration"):
+        train(tmp_path, in_process(), callbacks=[Fails(tmp_path)])
+    assert [len(batch) for batch in train(tmp_path, in_process(), 1).taken] == [4]
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A policy and a server that has it."""
@@ -142,6 +162,14 @@ def test_servers_go_on_while_the_policy_trains(served):
     assert max(row["collection/staleness_max"] for row in metrics) <= 2
     assert max(row["collection/ready"] for row in metrics[1:]) > 0
     assert metrics[0]["timing/engine_idle_s"] > 0  # nothing was asked for before the first push
+
+
+def test_a_run_that_failed_leaves_no_weights_behind(served):
+    folder, server = served
+    fails = Fails(folder / "weights")
+    with pytest.raises(ArithmeticError, match="the second iteration"):
+        train(folder, on_servers(server, fails.weights), callbacks=[fails], data={"oversampling": 2.0})
+    assert fails.files and not list(fails.weights.glob("*.safetensors"))
 
 
 def test_a_run_on_servers_goes_on_after_the_server_was_killed(served):
