@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig
 
-from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
@@ -68,12 +66,17 @@ def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dty
         layout_of(tmp_path, "int8")
 
 
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    """vLLM would take a push of their fused experts without complaint, and sample from something else."""
-    config = Qwen3MoeConfig(num_experts=2, num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64)
-    config.save_pretrained(tmp_path / "policy")
-    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM.*fused experts.*TransformersEngine"):
-        layout_of(tmp_path)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str) -> None:
+    """Transformers holds the experts of a layer in one parameter, and writes each by itself."""
+    model = make_model(tmp_path / "policy", architecture, tied=False)
+    layout = layout_of(tmp_path)
+    found = load_file(FileTransfer(layout, tmp_path / "weights").write(model.named_parameters(), "0").path)
+    saved = load_file(tmp_path / "policy" / "model.safetensors")
+    assert found.keys() == saved.keys() and len(saved) > len(dict(model.named_parameters()))
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    data = in_memory(layout).write(model.named_parameters(), "0").data
+    assert torch.equal(data, torch.cat([saved[name].reshape(-1).view(torch.uint8) for name in layout.shapes]))
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])

@@ -9,10 +9,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHARACTERS = "0123456789+-*/=() abcdefghijklmnopqrstuvwxyz?.\n"
@@ -58,7 +62,7 @@ def make_model(
 
     Args:
         folder: where to save.
-        architecture: "qwen3" or "llama".
+        architecture: "qwen3", "llama", or one with experts, "qwen3_moe" or "mixtral".
         tied: whether the output projection is the embedding.
         vocab_size: may exceed the tokenizer's, as padded vocabularies do.
         hidden_size: width of the residual stream; heads have ``hidden_size / num_heads`` channels.
@@ -69,8 +73,13 @@ def make_model(
         spread: standard deviation of the weights; the larger, the more peaked the next-token distribution.
         seed: of the weights.
     """
-    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = classes[architecture]
+    qwen3_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
+    config_class, model_class, experts = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, qwen3_experts),
+        "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    }[architecture]
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -85,6 +94,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **experts,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,14 +31,13 @@ class WeightLayout:
 
     Attributes:
         dtype: that dtype.
-        names: of every name of a parameter, the one that it is pushed under; tied ones have several.
-        shapes: by the latter, in the model's order.
+        parameters: of the policy.
+        shapes: by name in a checkpoint, in the model's order.
         offsets: first byte of each.
         size: bytes of the whole set.
 
     Raises:
         ValueError: the dtype is none that is pushed.
-        ConfigError: the model is a mixture of experts.
     """
 
     def __init__(self, model_path: str, revision: str | None, dtype: str) -> None:
@@ -47,8 +46,8 @@ class WeightLayout:
             known = ", ".join(str(key).removeprefix("torch.") for key in DTYPE_CODES)
             raise ValueError(f"dtype is {dtype!r}; weights are pushed as one of {known}")
         self.dtype: torch.dtype = found
-        expected = PolicyParameters(AutoConfig.from_pretrained(model_path, revision=revision))
-        self.names, self.shapes = expected.canonical, expected.shapes
+        self.parameters = PolicyParameters(AutoConfig.from_pretrained(model_path, revision=revision))
+        self.shapes = self.parameters.saved_shapes
         self.offsets: dict[str, int] = {}
         self.size = 0
         for name in self.shapes:
@@ -154,16 +153,18 @@ class WeightTransfer:
     def _copy(self, stream: Iterator[tuple[str, Tensor]], sink: WeightSink | None) -> None:
         written: dict[str, str] = {}
         problems = []
-        shapes = self.layout.shapes
+        expected = self.layout.parameters
+        shapes = expected.shapes
         for name, value in stream:
-            own = self.layout.names.get(name)
+            own = expected.canonical.get(name)
             if own is None:
                 problems.append(f"{name} is unknown")
             elif tuple(value.shape) != shapes[own]:
                 problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shapes[own]}")
             elif sink is not None and own not in written:
-                sink.put(own, value)
-            elif sink is not None and not sink.holds(own, value):
+                for part in expected.saved_form(own, value).items():
+                    sink.put(*part)
+            elif sink is not None and not all(sink.holds(*part) for part in expected.saved_form(own, value).items()):
                 problems.append(f"{name} differs from {written[own]}, to which the model ties it")
             if own is not None:
                 written.setdefault(own, name)

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from spo_lightning.rollouts.vllm_weights import hide_tokens
+from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
 from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, TransferLost, WeightGroup
 
 
@@ -136,9 +136,7 @@ class WeightReceiver(WeightTransferEngine):
                 loaded = self.model.load_weights(source)
             finally:  # after an error too: it puts the tensors back that the kernels use
                 finalize_layerwise_reload(self.model, self.model_config)
-        if getattr(self.model.config, "tie_word_embeddings", False) and hasattr(self.model, "lm_head"):
-            # the CPU keeps a packed copy of the tied head, which nothing else refreshes
-            self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
+        renew_packed(self.model)
         missing: set[str] = expected - loaded
         return missing
 

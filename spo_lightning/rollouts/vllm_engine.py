@@ -117,8 +117,7 @@ class VLLMEngine(RolloutEngine):
 
         Raises:
             RuntimeError: the engine was started before, or the run has several processes and no process group.
-            ConfigError: vLLM is not installed, the ranks do not divide into engines, an argument is unknown to vLLM, or
-                the model is a mixture of experts.
+            ConfigError: vLLM is not installed, the ranks do not divide into engines, or an argument is unknown to vLLM.
             ValueError: the length limit exceeds the model's.
         """
         if self._process is not None:

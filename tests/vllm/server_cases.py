@@ -26,12 +26,12 @@ TOLERANCE = 3e-5  # float32 on both sides; the smallest error of stale weights i
 class Policy:
     """A tiny model that changes from version to version, and remembers each."""
 
-    def __init__(self, folder: Path, tied: bool) -> None:
+    def __init__(self, folder: Path, tied: bool, architecture: str = "qwen3") -> None:
         self.folder = folder
         self.tokenizer = make_char_tokenizer(folder)
         # heads of 32 channels: vLLM's attention on the CPU takes no fewer
         sizes: dict[str, Any] = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "max_positions": 1024}
-        self.model = make_model(folder, tied=tied, vocab_size=VOCABULARY, **sizes)
+        self.model = make_model(folder, architecture, tied, vocab_size=VOCABULARY, **sizes)
         self.versions: dict[int, PreTrainedModel] = {0: copy.deepcopy(self.model)}
 
     @torch.no_grad()

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
-from transformers import PreTrainedModel, Qwen3MoeConfig
+from transformers import PreTrainedModel
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts.vllm_engine import VLLMEngine
 from spo_lightning.rollouts.vllm_process import import_vllm
 
-from engine_runs import NEEDS_VLLM, TOKENIZER, assert_teacher_forced, make_policy, request, run, start
+from engine_runs import NEEDS_VLLM, PROMPTS, TOKENIZER, assert_teacher_forced, make_policy, request, run, start
 
 pytestmark = NEEDS_VLLM
 
@@ -245,13 +245,17 @@ def test_a_failure_of_vllm_during_a_push_reads_the_stream_to_its_end(
     assert taken == ["end", "end"]
 
 
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    """vLLM would take a push of their fused experts without complaint, and sample from something else."""
-    Qwen3MoeConfig(num_experts=2, num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM.*fused experts"):
-        start(tmp_path)
+def test_experts_follow_every_push(tmp_path: Path, engines: list[VLLMEngine]) -> None:
+    """Their kernels on a CPU work on packed copies, which vLLM does not renew when it reloads."""
+    model = make_policy(tmp_path, architecture="qwen3_moe", tied=False)
+    others = [make_policy(None, architecture="qwen3_moe", tied=False, seed=seed) for seed in (1, 2)]
+    engine = start(tmp_path)
+    engines.append(engine)
+    for version, pushed in enumerate([model, *others, model]):
+        if version:
+            engine.update_weights(pushed.named_parameters(), version)
+        for completion in run(engine, [request(i, prompt, seed=i) for i, prompt in enumerate(PROMPTS)]).values():
+            assert_teacher_forced(pushed, completion)
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def wait_until_up(servers: list[ServerProcess], seconds: float = 300.0) -> None:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
-    """Two servers of a tied policy and one of an untied policy."""
+    """Two servers of a tied policy, one of an untied policy, and one of a mixture of experts."""
     started: dict[str, Started] = {}
-    for name, count in (("tied", 2), ("untied", 1)):
+    for name, count in (("tied", 2), ("untied", 1), ("experts", 1)):
         folder = tmp_path_factory.mktemp(name)
-        policy = Policy(folder / "policy", tied=name == "tied")
+        policy = Policy(folder / "policy", name == "tied", "qwen3_moe" if name == "experts" else "qwen3")
         started[name] = (policy, [ServerProcess(policy.folder, folder / f"{i}.log") for i in range(count)])
     processes = [process for _, group in started.values() for process in group]
     try:
@@ -104,8 +104,16 @@ def untied(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
         engine.close()
 
 
+@pytest.fixture
+def experts(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
+    run = Run(*servers["experts"], tmp_path)
+    yield run
+    for engine in run.engines:
+        engine.close()
+
+
 @pytest.mark.parametrize("transfer", ["gloo", "file"])
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "experts"])
 def test_log_probs_are_those_of_the_pushed_weights(
     which: str, transfer: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
