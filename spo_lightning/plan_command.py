@@ -65,8 +65,16 @@ def plan(settings: Settings, gpu_bytes: float) -> Plan:
         gpu_bytes: memory of a device, a share of which vLLM fills.
 
     Raises:
-        ConfigError: the model's configuration cannot be read, or a sequence does not fit in a micro-batch.
+        ConfigError: the model's configuration cannot be read, a sequence does not fit in a micro-batch, or torch cannot
+            follow the model without data, as experts in float32.
     """
+    try:
+        micro_batch, engine = _largest_micro_batch(settings), _engine_memory(settings, gpu_bytes)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"torch cannot follow {settings.policy.path} without data: {error} If that is about a dtype, plan with "
+            "model.policy.dtype bfloat16 and trainer.precision bf16-true"
+        ) from error
     return make_plan(
         _size(settings.policy),
         settings.layout,
@@ -74,8 +82,8 @@ def plan(settings: Settings, gpu_bytes: float) -> Plan:
         settings.trained_dtype.itemsize,
         settings.compute_dtype.itemsize,
         measure_optimizer(settings.optimizer, settings.trained_dtype),
-        _largest_micro_batch(settings),
-        _engine_memory(settings, gpu_bytes),
+        micro_batch,
+        engine,
     )
 
 

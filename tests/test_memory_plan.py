@@ -529,6 +529,15 @@ def test_the_command_knows_adapters(spo_plan):
     assert f" {2 * 2 * (32 + 16):,} trained" in output
 
 
+def test_a_mixture_of_experts_is_planned_in_bfloat16_alone(spo_plan, tmp_path, capsys):
+    model = make_model(tmp_path / "policy", "qwen3_moe", max_positions=512)
+    with pytest.raises(SystemExit, match="2"):
+        spo_plan()
+    assert "plan with model.policy.dtype bfloat16 and trainer.precision bf16-true" in capsys.readouterr().err
+    output = spo_plan("--model.policy.dtype=bfloat16", "--trainer.precision=bf16-true")
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in output
+
+
 def test_training_rollouts_are_shared_and_benchmarks_are_as_long_as_the_model_allows(spo_plan, monkeypatch):
     loads = []
     monkeypatch.setattr(plan_command, "report", lambda settings, gpu_bytes: loads.append(settings.engine_load))
