@@ -80,11 +80,12 @@ class Generation:
 
     def close(self) -> None:
         """Release engine and graders."""
-        if self._collector is not None:
-            self.engine.close()
-            self._collector = None
-            self.has_weights = False
-        self.reward.close()
+        running, self._collector, self.has_weights = self._collector is not None, None, False
+        try:
+            if running:
+                self.engine.close()
+        finally:
+            self.reward.close()
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give every engine the policy's full parameters; returns when all have them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import zlib
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ from spo_lightning.stages import StageTimer
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import BenchmarkBatch, Prompt, PromptBatch, SamplingParams
 from spo_lightning.weight_check import EXACT, TOLERANCE
+
+log = logging.getLogger(__name__)
 
 
 class SPOModule(LightningModule):
@@ -263,6 +266,23 @@ class SPOModule(LightningModule):
     def teardown(self, stage: str) -> None:
         """Release engine and graders."""
         self.generation.close()
+
+    def release_after_error(self) -> None:
+        """Do what ``teardown`` does, which Lightning calls after a run that ended well only.
+
+        So no weight files of servers stay in memory, and the module can be fitted again. With several ranks an engine
+        in this process is left alone, with its tools: the others may be waiting elsewhere, and some engines are closed
+        by all ranks together. A failure is logged, as the run's own error is the one to report.
+        """
+        if not hasattr(self, "generation"):
+            return
+        try:
+            if self.ranks.world_size == 1 or self.engine.runs_in_background:
+                self.generation.close()
+            else:
+                self.reward.close()
+        except Exception:  # engines and graders may be the user's own
+            log.exception("after the run's error, which follows, its engine or graders could not be closed")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters and the open rollouts."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
 from spo_lightning.callbacks.preemption import NotedSignals, Preemption
-from spo_lightning.callbacks.release import ReleaseAfterError
 from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
@@ -50,10 +50,16 @@ class SPOTrainer(Trainer):
         plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = [ValueTrackerCallback(), Preemption(), ReleaseAfterError(), *callbacks]
+        callbacks = [ValueTrackerCallback(), Preemption(), *callbacks]
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
         self._checkpoint_connector = Resume(self)
+
+    def _teardown(self) -> None:
+        """Release the module after an error or an interrupt, when all callbacks and loggers have had their say."""
+        super()._teardown()
+        if self.state.status == TrainerStatus.INTERRUPTED and isinstance(self.lightning_module, SPOModule):
+            self.lightning_module.release_after_error()
 
     def validate(
         self,

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from spo_lightning.callbacks import ExportPolicy
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
-from spo_lightning.callbacks.describe_run import compared_settings
+from spo_lightning.callbacks.describe_run import changed_settings, compared_settings
 from spo_lightning.data import Benchmark, DrawValues, PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings
@@ -260,12 +260,14 @@ def test_settings_that_change_what_is_computed_are_compared_and_no_others():
     assert compared_settings(faster) == compared_settings(BEFORE)
     other = BEFORE.replace("thing: 0", "thing: 7").replace("0.2", "0.3").replace("batch_size: 4, ", "")
     before, other = compared_settings(BEFORE), compared_settings(other.replace("KLHalfLife", "ConstantForgetting"))
-    assert {key: (before.get(key), other.get(key)) for key in before | other if before.get(key) != other.get(key)} == {
-        "data.batch_size": ("4", None),
-        "data.forgetting.class_path": ("KLHalfLife", "ConstantForgetting"),
-        "model.loss.init_args.clip_ratio_low": ("0.2", "0.3"),
-        "seed_everything": ("0", "7"),
-    }
+    changes = [
+        "data.batch_size was 4 and is not there",
+        "data.forgetting.class_path was KLHalfLife and is ConstantForgetting",
+        "model.loss.init_args.clip_ratio_low was 0.2 and is 0.3",
+        "seed_everything was 0 and is 7",
+    ]
+    assert changed_settings(before, other) == changes
+    assert changed_settings(other, before)[0] == "data.batch_size was not there and is 4"
 
 
 @pytest.mark.parametrize("interval", [2, 1.0])

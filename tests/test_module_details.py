@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
 
@@ -89,50 +90,63 @@ def test_an_engine_that_works_only_when_called_does_not_idle(tmp_path):
 
 
 class FailingEngine(TransformersEngine):
-    """Its fifth step fails, and closing it counts, and fails if told so."""
+    """Its fifth step fails; ``events`` has that and its closing, which fails with ``on_close``."""
 
-    def __init__(self):
+    def __init__(self, events, on_close=None):
         super().__init__()
-        self.steps_left, self.closed, self.fails_to_close = 4, 0, False
+        self.steps_left, self.events, self.on_close = 4, events, on_close
         self.before_failure = lambda: None
 
     def step(self):
         self.steps_left -= 1
         if self.steps_left == -1:
             self.before_failure()
+            self.events.append("failed")
             raise RuntimeError("the fifth step")
         return super().step()
 
     def close(self):
         super().close()
-        self.closed += 1
-        if self.fails_to_close:
-            raise OSError("no way to close")
+        self.events.append("engine closed")
+        if self.on_close is not None:
+            raise self.on_close
+
+
+def run_that_fails(folder, events, engine):
+    told = LambdaCallback(on_exception=lambda trainer, module, error: events.append("told"))
+    trainer, module, data = make_run(folder, callbacks=[told], engine=engine)
+    module.reward.close = lambda: events.append("graders closed")
+    return trainer, module, data
 
 
 def test_after_an_error_the_same_module_can_be_fitted_again(tmp_path):
-    trainer, module, data = make_run(tmp_path, engine=FailingEngine())
+    events = []
+    trainer, module, data = run_that_fails(tmp_path, events, FailingEngine(events))
     with pytest.raises(RuntimeError, match="the fifth step"):
         trainer.fit(module, data)
+    assert events == ["failed", "told", "engine closed", "graders closed"]  # others may save what is open
     recorder = Recorder()
     again, _, data = make_run(tmp_path, callbacks=[recorder])
     again.fit(module, data)
     assert len(recorder.metrics) == 3
+    assert events[4:] == ["engine closed", "graders closed"]
 
 
-def test_an_engine_that_cannot_be_closed_does_not_hide_the_error_of_the_run(tmp_path, caplog):
-    engine = FailingEngine()
-    engine.fails_to_close = True
-    trainer, module, data = make_run(tmp_path, engine=engine)
+@pytest.mark.parametrize("error", [OSError("no way"), ValueError("no way")])
+def test_an_engine_that_cannot_be_closed_does_not_hide_the_error_of_the_run(tmp_path, caplog, error):
+    events = []
+    trainer, module, data = run_that_fails(tmp_path, events, FailingEngine(events, error))
     with pytest.raises(RuntimeError, match="the fifth step"):
         trainer.fit(module, data)
-    assert "after RuntimeError the engine could not be closed: no way to close" in caplog.text
+    assert "its engine or graders could not be closed" in caplog.text and "no way" in caplog.text
+    assert events[-1] == "graders closed"
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_beside_other_ranks_only_an_engine_that_runs_elsewhere_is_closed(tmp_path, background):
-    engine = FailingEngine()
-    trainer, module, data = make_run(tmp_path, engine=engine)
+    events = []
+    engine = FailingEngine(events)
+    trainer, module, data = run_that_fails(tmp_path, events, engine)
 
     def be_one_of_two():
         module.ranks.world_size, engine.runs_in_background = 2, background
@@ -140,7 +154,7 @@ def test_beside_other_ranks_only_an_engine_that_runs_elsewhere_is_closed(tmp_pat
     engine.before_failure = be_one_of_two
     with pytest.raises(RuntimeError, match="the fifth step"):
         trainer.fit(module, data)
-    assert engine.closed == background
+    assert events == ["failed", "told", *["engine closed"] * background, "graders closed"]
 
 
 # Log-probabilities and entropy

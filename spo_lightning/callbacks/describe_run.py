@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -64,12 +65,7 @@ class DescribeRun(SaveConfigCallback):
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Say what a resumed run does differently from there on."""
-        before, now = state_dict, self.state_dict()
-        changes = [
-            f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
+        changes = changed_settings(state_dict, self.state_dict())
         if changes and self._trains:
             rank_zero_warn(
                 f"the run goes on with other settings than its checkpoint's: {'; '.join(changes)}. What is compared "
@@ -87,6 +83,15 @@ def compared_settings(config: str) -> dict[str, str]:
     """
     leaves = {key.replace("/", "."): value for key, value in flatten(yaml.safe_load(config)).items()}
     return {key: leaves[key] for key in leaves if key.startswith(COMPUTED) and not key.startswith(NOT_COMPUTED)}
+
+
+def changed_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What two ``compared_settings`` differ in, one clause a key."""
+    return [
+        f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def run_tags(trainer: Trainer, module: SPOModule) -> dict[str, str]:

@@ -56,7 +56,7 @@ class ServerPool:
     ) -> None:
         self._servers = list(servers)
         self.idle_time = IdleTime(clock)
-        self._idle_servers = {server: IdleTime(clock) for server in self._servers}
+        self._server_idle_times = {server: IdleTime(clock) for server in self._servers}
         self._requests = requests
         self._max_streams = max_streams
         self._keeper = Keeper(check, probe_interval, self._looked)
@@ -123,7 +123,7 @@ class ServerPool:
 
     def take_idle_seconds(self) -> dict[str, float]:
         """See ``VLLMServerEngine.take_idle_seconds``."""
-        servers = [idle.take() for idle in self._idle_servers.values()]
+        servers = [idle.take() for idle in self._server_idle_times.values()]
         return {
             "engine_idle_s": self.idle_time.take(),
             "server_idle_mean_s": sum(servers) / len(servers),
@@ -273,7 +273,7 @@ class ServerPool:
 
     def _note_work(self) -> None:
         self.idle_time.note(idle=all(job.reason is not None for job in self._open.values()))
-        for server, idle in self._idle_servers.items():
+        for server, idle in self._server_idle_times.items():
             idle.note(idle=not server.streams)
 
     def _take_finished(self) -> list[Completion]:
