@@ -88,28 +88,20 @@ class Run:
         return Run.version
 
 
-@pytest.fixture
-def tied(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
-    run = Run(*servers["tied"], tmp_path)
-    yield run
-    for engine in run.engines:
-        engine.close()
+def run_on(name: str) -> Any:
+    """A fixture: engines on the servers of that name."""
+
+    @pytest.fixture
+    def run(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
+        run = Run(*servers[name], tmp_path)
+        yield run
+        for engine in run.engines:
+            engine.close()
+
+    return run
 
 
-@pytest.fixture
-def untied(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
-    run = Run(*servers["untied"], tmp_path)
-    yield run
-    for engine in run.engines:
-        engine.close()
-
-
-@pytest.fixture
-def experts(servers: dict[str, Started], tmp_path: Path) -> Iterator[Run]:
-    run = Run(*servers["experts"], tmp_path)
-    yield run
-    for engine in run.engines:
-        engine.close()
+tied, untied, experts = run_on("tied"), run_on("untied"), run_on("experts")
 
 
 @pytest.mark.parametrize("transfer", ["gloo", "file"])
