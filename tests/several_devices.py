@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"policy": {"lora": LoraSettings(rank=2, alpha=8), "gradient_checkpointing": True}},
 }
 
+RESUMED = "offloaded"
+
 
 class Collectives(dist.ProcessGroup):
     """A group for tensors of the device alone, which Gloo carries."""
@@ -238,15 +240,17 @@ def fit(folder: Path, name: str, trainer: dict[str, Any], policy: dict[str, Any]
 
 
 def main() -> None:
-    """All variants, and what goes on from their checkpoints."""
+    """All variants, and one that goes on from a checkpoint."""
     register()
     folder = Path(sys.argv[1])
-    for name, variant in VARIANTS.items():
-        for ckpt_path in (None, str(folder / f"{name}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt")):
-            strategy = ElsewhereFSDP2(**variant.get("strategy", {}))
-            trainer = {"strategy": strategy, "devices": 2, "accelerator": "auto"}
-            result = fit(folder, name, trainer, variant.get("policy", {}), ckpt_path)
-            torch.save(result, folder / f"{name}{'-resumed' if ckpt_path else ''}-rank{dist.get_rank()}.pt")
+    checkpoint = str(folder / f"{RESUMED}-checkpoints" / f"iteration-{SAVED_AT:06d}.ckpt")
+    runs: list[tuple[str, str | None]] = [*((name, None) for name in VARIANTS), (RESUMED, checkpoint)]
+    for name, ckpt_path in runs:
+        variant = VARIANTS[name]
+        strategy = ElsewhereFSDP2(**variant.get("strategy", {}))
+        trainer = {"strategy": strategy, "devices": 2, "accelerator": "auto"}
+        result = fit(folder, name, trainer, variant.get("policy", {}), ckpt_path)
+        torch.save(result, folder / f"{name}{'-resumed' if ckpt_path else ''}-rank{dist.get_rank()}.pt")
     try:
         dist.all_reduce(torch.ones(3))
     except RuntimeError as error:

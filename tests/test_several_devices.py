@@ -58,9 +58,8 @@ def test_two_devices_learn_what_one_cpu_learns(folder: Path, tmp_path: Path, nam
         torch.testing.assert_close(load(folder, name)["weights"][key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", several_devices.VARIANTS)
-def test_a_resumed_run_on_two_devices_goes_on_exactly(folder: Path, name: str) -> None:
-    whole, resumed = load(folder, name), load(folder, f"{name}-resumed")
+def test_a_resumed_run_on_two_devices_goes_on_exactly(folder: Path) -> None:
+    whole, resumed = (load(folder, several_devices.RESUMED + suffix) for suffix in ("", "-resumed"))
     assert resumed["completions"] == whole["completions"][several_devices.SAVED_AT :]
     assert [learned(step) for step in resumed["metrics"]] == [
         learned(step) for step in whole["metrics"][several_devices.SAVED_AT :]
@@ -70,6 +69,6 @@ def test_a_resumed_run_on_two_devices_goes_on_exactly(folder: Path, name: str) -
 
 @pytest.mark.parametrize("name", several_devices.VARIANTS)
 def test_what_two_devices_export_is_what_they_trained(folder: Path, name: str) -> None:
-    result = load(folder, f"{name}-resumed")
+    result = load(folder, name)
     exported = AutoModelForCausalLM.from_pretrained(result["exported"]).state_dict()
     assert all(torch.equal(exported[key], value) for key, value in result["weights"].items())
