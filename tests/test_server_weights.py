@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo_lightning.rollouts import policy_parameters
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
@@ -77,6 +78,20 @@ def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str) 
     assert all(torch.equal(found[name], value) for name, value in saved.items())
     data = in_memory(layout).write(model.named_parameters(), "0").data
     assert torch.equal(data, torch.cat([saved[name].reshape(-1).view(torch.uint8) for name in layout.shapes]))
+
+
+def test_a_parameter_may_have_its_name_in_a_checkpoint_and_another_form(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for Transformers' conversion turns every matrix."""
+
+    def turned(_: object, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.T if value.dim() == 2 else value for name, value in state.items()}
+
+    monkeypatch.setattr(policy_parameters, "revert_weight_conversion", turned)
+    path = FileTransfer(layout_of(tmp_path), tmp_path / "weights").write(model.named_parameters(), "0").path
+    expected = turned(None, dict(model.named_parameters()))
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(path).items())
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])

@@ -37,7 +37,7 @@ class PolicyParameters:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         forms = {name: self._convert(name, parameter) for name, parameter in parameters.items()}
         self.saved_shapes = {name: tuple(part.shape) for form in forms.values() for name, part in form.items()}
-        self._other_form = {name for name, form in forms.items() if form.keys() != {name}}
+        self._other_form = {name for name, form in forms.items() if form.get(name) is not parameters[name]}
         self.num_embeddings = int(self._model.get_input_embeddings().num_embeddings)
         self.model_name = type(self._model).__name__
 
