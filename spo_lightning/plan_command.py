@@ -72,8 +72,8 @@ def plan(settings: Settings, gpu_bytes: float) -> Plan:
         micro_batch, engine = _largest_micro_batch(settings), _engine_memory(settings, gpu_bytes)
     except RuntimeError as error:
         raise ConfigError(
-            f"torch cannot follow {settings.policy.path} without data: {error} If that is about a dtype, plan with "
-            "model.policy.dtype bfloat16 and trainer.precision bf16-true"
+            f"torch cannot follow {settings.policy.path} without data: {str(error).rstrip('.')}; if that is about a "
+            "dtype, plan with model.policy.dtype bfloat16 and trainer.precision bf16-true"
         ) from error
     return make_plan(
         _size(settings.policy),
