@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -68,13 +69,6 @@ def plan(settings: Settings, gpu_bytes: float) -> Plan:
         ConfigError: the model's configuration cannot be read, a sequence does not fit in a micro-batch, or torch cannot
             follow the model without data, as experts in float32.
     """
-    try:
-        micro_batch, engine = _largest_micro_batch(settings), _engine_memory(settings, gpu_bytes)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"torch cannot follow {settings.policy.path} without data: {str(error).rstrip('.')}; if that is about a "
-            "dtype, plan with model.policy.dtype bfloat16 and trainer.precision bf16-true"
-        ) from error
     return make_plan(
         _size(settings.policy),
         settings.layout,
@@ -82,8 +76,8 @@ def plan(settings: Settings, gpu_bytes: float) -> Plan:
         settings.trained_dtype.itemsize,
         settings.compute_dtype.itemsize,
         measure_optimizer(settings.optimizer, settings.trained_dtype),
-        micro_batch,
-        engine,
+        _largest_micro_batch(settings),
+        _engine_memory(settings, gpu_bytes),
     )
 
 
@@ -207,7 +201,25 @@ def _micro_batch(
     source: PolicySource, dtype: torch.dtype, checkpointing: bool, mixed: bool, rows: int, width: int, padded: bool
 ) -> MicroBatchMemory:
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False) if mixed else nullcontext
-    return _fake(source, dtype, checkpointing).micro_batch(rows, width, padded, autocast)
+    model = _fake(source, dtype, checkpointing)
+    with _following(source):
+        return model.micro_batch(rows, width, padded, autocast)
+
+
+@contextmanager
+def _following(source: PolicySource) -> Iterator[None]:
+    """Say in a sentence what torch cannot compute without data; it would log a traceback."""
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    torch_log.disabled = True
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"torch cannot follow {source.path} without data: {str(error).rstrip('.')}; if that is about a dtype, plan "
+            "with trainer.precision bf16-true"
+        ) from error
+    finally:
+        torch_log.disabled = False
 
 
 def _engine_memory(settings: Settings, gpu_bytes: float) -> EngineMemory:
@@ -249,7 +261,8 @@ def _token_bytes(source: PolicySource, dtype: torch.dtype, ranks: int) -> int:
 def _transformers_memory(source: PolicySource, dtype: torch.dtype, load: TransformersLoad) -> EngineMemory:
     width = min(load.width, _length_limit(source))
     model = _fake(replace(source, attn_implementation=load.attn_implementation, lora=None), dtype)
-    return model.engine(load.rows, width, min(load.prompt_width, width), load.max_prefill_tokens)
+    with _following(source):
+        return model.engine(load.rows, width, min(load.prompt_width, width), load.max_prefill_tokens)
 
 
 def run() -> None:
