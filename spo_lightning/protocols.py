@@ -112,7 +112,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy new weights in, streamed one full parameter at a time under the policy's names.
+        """Copy new weights in, streamed one full parameter at a time under the policy's names; saved buffers too.
 
         Open requests go on under the new weights, with nothing cached from the old ones. Raises ValueError when the
         names do not cover the engine's parameters or a shape differs; the engine then refuses to step until a push

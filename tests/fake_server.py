@@ -148,13 +148,13 @@ class FakeServer:
         return await self._agree(request)
 
     def _receive(self, worker: int, what: dict[str, Any]) -> None:
-        size = getattr(torch, what["dtype"]).itemsize
         for bucket in what["buckets"]:
             if len(self.received[worker]) == self.leave_after:
                 self._members[worker].close()
                 self._problem = {"problem": "left", "lost": True}
                 return
-            data = torch.empty(sum(size * math.prod(shape) for _, shape in bucket), dtype=torch.uint8)
+            size = sum(getattr(torch, dtype).itemsize * math.prod(shape) for _, dtype, shape in bucket)
+            data = torch.empty(size, dtype=torch.uint8)
             self._members[worker].broadcast(data)
             self.received[worker].append(data)
 

@@ -279,9 +279,10 @@ def test_gradient_checkpointing_leaves_the_gradient_as_it_is(tmp_path, sequences
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_export_loads_and_replaces_what_was_there(tmp_path):
+@pytest.mark.parametrize("architecture", ["qwen3", "glm4_moe"])
+def test_export_loads_and_replaces_what_was_there(tmp_path, architecture):
     make_char_tokenizer(tmp_path / "start")
-    make_model(tmp_path / "start")
+    make_model(tmp_path / "start", architecture)
     policy = load_policy(PolicyConfig(str(tmp_path / "start")))
     tokenizer = load_tokenizer(str(tmp_path / "start"))
     target = export_policy(policy.model, tokenizer, tmp_path / "out" / "policy", full_state(policy, keep=True))
@@ -291,7 +292,8 @@ def test_export_loads_and_replaces_what_was_there(tmp_path):
     state = full_state(policy, keep=True)
     assert export_policy(policy.model, tokenizer, tmp_path / "out" / "policy", state) == target
     assert [path.name for path in target.parent.iterdir()] == ["policy"]
-    loaded = AutoModelForCausalLM.from_pretrained(target)
+    loaded, found = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(found.values())
     ids = torch.tensor([[3, 4, 5, 6]])
     assert torch.equal(loaded(ids).logits, policy.model(ids).logits)
     assert AutoTokenizer.from_pretrained(target)("1+2=").input_ids == tokenizer("1+2=").input_ids

@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         if not path.exists():
             write_inputs(path)
             write_inputs(path / "tied")
-            write_inputs(path / "untied", tied=False)
+            write_inputs(path / "experts", architecture="glm4_moe", tied=False)
             for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
                 config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
             run(path, "one", "auto", 1)
@@ -291,7 +291,7 @@ def test_the_export_of_a_checkpoint_with_adapters_computes_what_the_run_did(fold
 
 
 @pytest.mark.parametrize(
-    ("variant", "margin"), [("fsdp2", 5), ("offload-fsdp2", 5), ("untied-fsdp2", 5), ("lora-fsdp2", 6)]
+    ("variant", "margin"), [("fsdp2", 5), ("offload-fsdp2", 5), ("experts-fsdp2", 5), ("lora-fsdp2", 6)]
 )
 def test_weights_reach_the_engine_without_a_second_full_copy_on_a_rank(folder, variant, margin):
     """A bound in units of the largest parameter, of which a model has 8.6; kept, as a list of them is, all count.

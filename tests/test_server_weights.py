@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Llama4Config
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import policy_parameters
+from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
@@ -67,17 +71,54 @@ def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dty
         layout_of(tmp_path, "int8")
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
-def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str) -> None:
-    """Transformers holds the experts of a layer in one parameter, and writes each by itself."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+    """Transformers holds the experts of a layer in one parameter, and writes each by itself.
+
+    What no gradient changes, such as the correction by which GLM-4 chooses experts, is kept in float32.
+    """
     model = make_model(tmp_path / "policy", architecture, tied=False)
-    layout = layout_of(tmp_path)
-    found = load_file(FileTransfer(layout, tmp_path / "weights").write(model.named_parameters(), "0").path)
-    saved = load_file(tmp_path / "policy" / "model.safetensors")
-    assert found.keys() == saved.keys() and len(saved) > len(dict(model.named_parameters()))
-    assert all(torch.equal(found[name], value) for name, value in saved.items())
-    data = in_memory(layout).write(model.named_parameters(), "0").data
-    assert torch.equal(data, torch.cat([saved[name].reshape(-1).view(torch.uint8) for name in layout.shapes]))
+    layout = layout_of(tmp_path, str(dtype).removeprefix("torch."))
+    named = model.state_dict()
+    buffers = named.keys() - dict(model.named_parameters()).keys()
+    assert buffers == ({"model.layers.1.mlp.gate.e_score_correction_bias"} if architecture == "glm4_moe" else set())
+    found = load_file(FileTransfer(layout, tmp_path / "weights").write(named.items(), "0").path)
+    loaded = load_file(tmp_path / "policy" / "model.safetensors")
+    saved = {name: value if name in buffers else value.to(dtype) for name, value in loaded.items()}
+    assert found.keys() == saved.keys() and len(saved) > len(named)
+    for name, value in saved.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    transfer = in_memory(layout)
+    data = transfer.write(named.items(), "0").data
+    assert torch.equal(data, torch.cat([saved[name].reshape(-1).view(torch.uint8) for name in layout.dtypes]))
+    assert [name for names in transfer.buckets for name in names] == list(layout.dtypes)
+    assert all(layout.offsets[name] % saved[name].itemsize == 0 for name in saved)
+    named.popitem()
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        transfer.write(named.items(), "1")
+
+
+def test_a_part_of_what_is_in_the_checkpoint_is_refused() -> None:
+    """Llama 4 sees; its policy is the language model alone, whose parameters have other names in the checkpoint."""
+    config = Llama4Config(text_config={"num_hidden_layers": 1}, architectures=["Llama4ForConditionalGeneration"])
+    message = "is a Llama4ForCausalLM, a part of the checkpoint's Llama4ForConditionalGeneration, .*TransformersEngine"
+    with pytest.raises(ConfigError, match=message):
+        PolicyParameters(config)
+
+
+def test_parameters_that_checkpoints_join_are_refused(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for Transformers' conversion lays keys and values in one, as those of some models do."""
+
+    def joined(_: object, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts: dict[str, list[torch.Tensor]] = {}
+        for name, value in state.items():
+            parts.setdefault(re.sub("[kv]_proj", "kv_proj", name), []).append(value)
+        return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items()}
+
+    monkeypatch.setattr(policy_parameters, "revert_weight_conversion", joined)
+    with pytest.raises(ConfigError, match="checkpoints of Qwen3ForCausalLM join several of its parameters in one"):
+        layout_of(tmp_path)
 
 
 def test_a_parameter_may_have_its_name_in_a_checkpoint_and_another_form(
@@ -91,6 +132,7 @@ def test_a_parameter_may_have_its_name_in_a_checkpoint_and_another_form(
     monkeypatch.setattr(policy_parameters, "revert_weight_conversion", turned)
     path = FileTransfer(layout_of(tmp_path), tmp_path / "weights").write(model.named_parameters(), "0").path
     expected = turned(None, dict(model.named_parameters()))
+    assert load_file(path).keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in load_file(path).items())
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -62,7 +64,8 @@ def make_model(
 
     Args:
         folder: where to save.
-        architecture: "qwen3", "llama", or one with experts, "qwen3_moe" or "mixtral".
+        architecture: "qwen3", "llama", or one with experts, "qwen3_moe", "mixtral" or "glm4_moe"; the last also has a
+            buffer that is saved, by which it chooses its experts.
         tied: whether the output projection is the embedding.
         vocab_size: may exceed the tokenizer's, as padded vocabularies do.
         hidden_size: width of the residual stream; heads have ``hidden_size / num_heads`` channels.
@@ -74,11 +77,13 @@ def make_model(
         seed: of the weights.
     """
     qwen3_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
+    glm4_experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
     config_class, model_class, experts = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
         "llama": (LlamaConfig, LlamaForCausalLM, {}),
         "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, qwen3_experts),
         "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+        "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM, glm4_experts),
     }[architecture]
     config = config_class(
         vocab_size=vocab_size,
@@ -99,6 +104,9 @@ def make_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).eval()
+        for tensor in model.state_dict(keep_vars=True).values():
+            if not isinstance(tensor, torch.nn.Parameter):
+                tensor.normal_(std=spread)
     if folder is not None:
         model.save_pretrained(folder)
     return model

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
-from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightLink, WeightSink, WeightTransfer
+from spo_lightning.rollouts.server_weights import (
+    PushedWeights,
+    WeightLayout,
+    WeightLink,
+    WeightSink,
+    WeightTransfer,
+    read_to_its_end,
+)
 from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, address_towards
 
 log = logging.getLogger(__name__)
@@ -98,14 +105,10 @@ class BroadcastTransfer(WeightTransfer):
     def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
         """Copy one set to memory that no other set has; see ``WeightTransfer.write``."""
         stream = iter(named_parameters)
-        try:
+        with read_to_its_end(stream):
             if not self._free:
                 self._free.append(self._memory())
             self._copy(stream, _MemorySink(self._free[-1], self.layout))
-        except RuntimeError:
-            for _ in stream:
-                pass
-            raise
         weights = PushedWeights(data=self._free.pop())
         self._kept.add(weights)
         return weights
@@ -171,10 +174,10 @@ class BroadcastLink(WeightLink):
                 bucket = data[layout.offsets[names[0]] : layout.offsets[last] + layout.bytes_of(last)]
                 group.broadcast(bucket.to(group.device))
 
-        what = {
-            "dtype": str(layout.dtype).removeprefix("torch."),
-            "buckets": [[(name, layout.shapes[name]) for name in names] for names in self._transfer.buckets],
+        named = {
+            name: (name, str(dtype).removeprefix("torch."), layout.shape(name)) for name, dtype in layout.dtypes.items()
         }
+        what = {"buckets": [[named[name] for name in names] for names in self._transfer.buckets]}
         try:
             await _both(client.update_weights(what), _in_thread(broadcast), group.cancel)
         except BaseException:
@@ -229,14 +232,14 @@ class _MemorySink(WeightSink):
     def _part(self, name: str) -> Tensor:
         begin = self._layout.offsets[name]
         part = self._data[begin : begin + self._layout.bytes_of(name)]
-        return part.view(self._layout.dtype).view(self._layout.shapes[name])
+        return part.view(self._layout.dtypes[name]).view(self._layout.shape(name))
 
 
 def _buckets(layout: WeightLayout, limit: int) -> list[list[str]]:
     """The names of neighbouring parameters that are sent together."""
     buckets: list[list[str]] = []
     size = limit
-    for name in layout.shapes:
+    for name in layout.dtypes:
         if size + layout.bytes_of(name) > limit:
             buckets.append([])
             size = 0

@@ -23,6 +23,7 @@ from spo_lightning.rollouts.server_weights import (
     WeightLink,
     WeightSink,
     WeightTransfer,
+    read_to_its_end,
 )
 
 log = logging.getLogger(__name__)
@@ -79,17 +80,16 @@ class FileTransfer(WeightTransfer):
         path = self._folder / f"weights-{name}.safetensors"
         unfinished = path.with_name(f"weights-{name}-unfinished.safetensors")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("w+b") as file:
-                file.write(self._header)
-                self._copy(stream, _FileSink(file, self.layout, len(self._header)))
-                file.truncate(self._size)
-                file.flush()
-                os.fsync(file.fileno())
-            return PushedWeights(path=unfinished.replace(path))
+            with read_to_its_end(stream):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with unfinished.open("w+b") as file:
+                    file.write(self._header)
+                    self._copy(stream, _FileSink(file, self.layout, len(self._header)))
+                    file.truncate(self._size)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return PushedWeights(path=unfinished.replace(path))
         except OSError as error:
-            for _ in stream:
-                pass
             raise RuntimeError(
                 f"cannot write {self._size} bytes of weights to weights_folder {self._folder}: {error}. It must be "
                 "writable and have room for two such files"
@@ -131,7 +131,7 @@ class _FileSink(WeightSink):
     def _at(self, name: str, value: Tensor) -> memoryview:
         """The value's bytes, with the file at their place."""
         self._file.seek(self._begin + self._layout.offsets[name])
-        return value.detach().to("cpu", self._layout.dtype).reshape(-1).view(torch.uint8).numpy().data
+        return value.detach().to("cpu", self._layout.dtypes[name]).reshape(-1).view(torch.uint8).numpy().data
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -152,11 +152,11 @@ def _header(layout: WeightLayout) -> bytes:
     """The first bytes of a safetensors file with the set's bytes after them."""
     entries: dict[str, Any] = {
         name: {
-            "dtype": DTYPE_CODES[layout.dtype],
-            "shape": list(shape),
+            "dtype": DTYPE_CODES[dtype],
+            "shape": list(layout.shape(name)),
             "data_offsets": [layout.offsets[name], layout.offsets[name] + layout.bytes_of(name)],
         }
-        for name, shape in layout.shapes.items()
+        for name, dtype in layout.dtypes.items()
     }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

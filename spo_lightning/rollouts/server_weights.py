@@ -6,10 +6,14 @@ memory.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +21,7 @@ from transformers import AutoConfig
 
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_client import ServerClient
+from spo_lightning.rollouts.weights import PushCheck
 
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -27,12 +32,11 @@ class WeightLayout:
     Args:
         model_path: folder or hub name of the policy.
         revision: hub revision.
-        dtype: name of the dtype that weights are pushed in.
+        dtype: name of the dtype that parameters are pushed in; what is no parameter goes in float32.
 
     Attributes:
-        dtype: that dtype.
         parameters: of the policy.
-        shapes: by name in a checkpoint, in the model's order.
+        dtypes: by name in a checkpoint; wider ones first, so that each is aligned.
         offsets: first byte of each.
         size: bytes of the whole set.
 
@@ -45,18 +49,23 @@ class WeightLayout:
         if found not in DTYPE_CODES:
             known = ", ".join(str(key).removeprefix("torch.") for key in DTYPE_CODES)
             raise ValueError(f"dtype is {dtype!r}; weights are pushed as one of {known}")
-        self.dtype: torch.dtype = found
         self.parameters = PolicyParameters(AutoConfig.from_pretrained(model_path, revision=revision))
-        self.shapes = self.parameters.saved_shapes
+        buffers = self.parameters.buffers
+        dtypes = {name: torch.float32 if name in buffers else found for name in self.parameters.saved_shapes}
+        self.dtypes = dict(sorted(dtypes.items(), key=lambda item: -item[1].itemsize))
         self.offsets: dict[str, int] = {}
         self.size = 0
-        for name in self.shapes:
+        for name in self.dtypes:
             self.offsets[name] = self.size
             self.size += self.bytes_of(name)
 
     def bytes_of(self, name: str) -> int:
         """Size of a parameter in the set."""
-        return self.dtype.itemsize * torch.Size(self.shapes[name]).numel()
+        return self.dtypes[name].itemsize * math.prod(self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter in the set."""
+        return self.parameters.saved_shapes[name]
 
 
 class WeightSink(ABC):
@@ -133,7 +142,7 @@ class WeightTransfer:
         """Take one set; read to its end even when a problem was found, because producing it may run collectives.
 
         Args:
-            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
             name: of the set, not used before.
 
         Returns:
@@ -144,33 +153,31 @@ class WeightTransfer:
                 with two values; lists all of them. Nothing is kept then.
             RuntimeError: the set cannot be kept; the same.
         """
-        self._copy(iter(named_parameters), None)
+        self._copy(named_parameters, None)
         return None
 
     def remove(self, kept: Iterable[PushedWeights] = ()) -> None:
         """Let go of all sets but some."""
 
-    def _copy(self, stream: Iterator[tuple[str, Tensor]], sink: WeightSink | None) -> None:
-        written: dict[str, str] = {}
-        problems = []
+    def _copy(self, stream: Iterable[tuple[str, Tensor]], sink: WeightSink | None) -> None:
         expected = self.layout.parameters
-        shapes = expected.shapes
+
+        def holds(first: str, value: Tensor) -> bool:
+            return sink is None or all(sink.holds(*part) for part in expected.saved_form(first, value).items())
+
+        check = PushCheck(f"the servers' {expected.model_name}", expected.first, expected.shapes, holds)
         for name, value in stream:
-            own = expected.canonical.get(name)
-            if own is None:
-                problems.append(f"{name} is unknown")
-            elif tuple(value.shape) != shapes[own]:
-                problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shapes[own]}")
-            elif sink is not None and own not in written:
-                for part in expected.saved_form(own, value).items():
+            if check.takes(name, value) and sink is not None:
+                for part in expected.saved_form(expected.first[name], value).items():
                     sink.put(*part)
-            elif sink is not None and not all(sink.holds(*part) for part in expected.saved_form(own, value).items()):
-                problems.append(f"{name} differs from {written[own]}, to which the model ties it")
-            if own is not None:
-                written.setdefault(own, name)
-        problems += [f"{own} is missing" for own in shapes if own not in written]
-        if problems:
-            raise ValueError(
-                f"the pushed parameters do not fit the servers' model: {'; '.join(problems)}. Push every parameter of "
-                "a model with the same configuration, unsharded, under its named_parameters() names."
-            )
+        check.finish()
+
+
+@contextmanager
+def read_to_its_end(stream: Iterator[Any]) -> Iterator[None]:
+    """Whatever goes wrong with what a stream yields, read on: producing it may run collectives."""
+    try:
+        yield
+    except Exception:
+        deque(stream, maxlen=0)
+        raise

@@ -32,13 +32,11 @@ class PushInfo:
 
     Attributes:
         path: safetensors file with the parameters under their names in the checkpoint; "" when they are broadcast.
-        dtype: of broadcast parameters.
-        buckets: what each broadcast holds, one after the other: name and shape of every parameter.
+        buckets: what each broadcast holds, one after the other: name, dtype and shape of every parameter.
     """
 
     path: str = ""
-    dtype: str = ""
-    buckets: list[list[tuple[str, list[int]]]] = field(default_factory=list)
+    buckets: list[list[tuple[str, str, list[int]]]] = field(default_factory=list)
 
 
 class WeightReceiver(WeightTransferEngine):
@@ -118,13 +116,12 @@ class WeightReceiver(WeightTransferEngine):
     def _received(self, info: PushInfo) -> Iterator[tuple[str, Tensor]]:
         if self._group is None:
             raise TransferLost("the worker is in no group with a trainer")
-        dtype = getattr(torch, info.dtype)
         for bucket in info.buckets:
-            sizes = [math.prod(shape) * dtype.itemsize for _, shape in bucket]
+            sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in bucket]
             data = torch.empty(sum(sizes), dtype=torch.uint8, device=self._group.device)
             self._group.broadcast(data)
-            for (name, shape), part in zip(bucket, data.split(sizes), strict=True):
-                yield name, part.view(dtype).view(shape)
+            for (name, dtype, shape), part in zip(bucket, data.split(sizes), strict=True):
+                yield name, part.view(getattr(torch, dtype)).view(shape)
 
     @torch.inference_mode()
     def _load(self, source: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -193,7 +193,7 @@ class TransformersEngine(RolloutEngine):
         """Copy new weights in. Open requests keep their tokens and go on under the new weights.
 
         Args:
-            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
             version: recorded with every token that these weights sample.
 
         Raises:

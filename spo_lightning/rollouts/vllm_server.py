@@ -230,7 +230,7 @@ class VLLMServerEngine(RolloutEngine):
         parameters and return; they send requests to a server once it holds this version.
 
         Args:
-            named_parameters: (name, full tensor) pairs; a tied parameter needs one of its names only.
+            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
             version: recorded with every token that these weights sample.
 
         Raises:

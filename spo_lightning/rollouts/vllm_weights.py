@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
+from spo_lightning.rollouts.weights import PushCheck
 
 
 class CheckedStream:
@@ -22,24 +23,25 @@ class CheckedStream:
     They come out as in a checkpoint: a tied parameter once, under the first of its names, experts each by itself.
 
     Args:
-        named_parameters: (name, full tensor) pairs.
+        named_parameters: (name, full tensor) pairs, parameters and saved buffers.
         expected: what the policy has.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
         self._source = iter(named_parameters)
         self._expected = expected
-        self._tied_names = {first for name, first in expected.canonical.items() if first != name}
-        self._problems: list[str] = []
-        self._came: dict[str, str] = {}
-        self._tied: dict[str, Tensor] = {}
+        self._tied: dict[str, Tensor | None] = {first: None for name, first in expected.first.items() if first != name}
+        self._check = PushCheck(f"the engine's {expected.model_name}", expected.first, expected.shapes, self._holds)
         self._failure: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         try:
             for name, value in self._source:
-                if self._fits(name, value):
-                    yield from self._expected.saved_form(self._expected.canonical[name], value).items()
+                if self._check.takes(name, value):
+                    first = self._expected.first[name]
+                    if first in self._tied:
+                        self._tied[first] = value
+                    yield from self._expected.saved_form(first, value).items()
         except Exception as error:  # kept from vLLM, whose half-done reload would spoil the next one; see ``check``
             self._failure = error
 
@@ -52,38 +54,16 @@ class CheckedStream:
         """Report what was wrong, once the stream has ended.
 
         Raises:
-            ValueError: a name was unknown or missing, a shape differed, or tied names carried different values; lists
-                all of them.
+            ValueError: see ``PushCheck.finish``.
             Exception: whatever the producer raised.
         """
         if self._failure is not None:
             raise self._failure
-        missing = [f"{name} is missing" for name in self._expected.shapes if name not in self._came]
-        problems = self._problems + missing
-        if problems:
-            raise ValueError(
-                f"the pushed parameters do not fit the engine's {self._expected.model_name}: {'; '.join(problems)}. "
-                "Push every parameter of a model with the same configuration, unsharded, under its "
-                "named_parameters() names."
-            )
+        self._check.finish()
 
-    def _fits(self, name: str, value: Tensor) -> bool:
-        canonical = self._expected.canonical.get(name)
-        if canonical is None:
-            self._problems.append(f"{name} is unknown")
-            return False
-        shape = self._expected.shapes[canonical]
-        if shape != tuple(value.shape):
-            self._problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {shape}")
-            return False
-        if canonical in self._came:
-            if not torch.equal(self._tied[canonical], value):
-                self._problems.append(f"{name} differs from {self._came[canonical]}, to which the model ties it")
-            return False
-        self._came[canonical] = name
-        if canonical in self._tied_names:
-            self._tied[canonical] = value
-        return True
+    def _holds(self, first: str, value: Tensor) -> bool:
+        kept = self._tied[first]
+        return kept is not None and torch.equal(kept, value)
 
 
 @torch.no_grad()
@@ -107,16 +87,18 @@ def push_parameters(llm: Any, stream: CheckedStream) -> None:
 def renew_packed(model: nn.Module) -> None:
     """Pack again what a CPU engine packs for its kernels, where a reload of vLLM does not: a tied head, and experts.
 
-    Without it, log-probabilities were off by 0.45 on average with a tied head, by up to 6 with experts, silently.
+    Without it, log-probabilities were off by 0.45 on average with a tied head, by up to 6 with experts, silently. That
+    is how vLLM 0.32 reloads. After a push that broke off, what was not reloaded is packed twice; the next whole push
+    mends it.
     """
     config: Any = model.config
     head: Any = getattr(model, "lm_head", None)
     if config.get_text_config().tie_word_embeddings and head is not None:
         head.quant_method.process_weights_after_loading(head)
     for layer in model.modules():
-        experts: Any = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if experts is not None and next(layer.parameters()).device.type == "cpu":
-            experts.fused_experts.process_weights_after_loading(layer)
+        method: Any = getattr(layer, "quant_method", None)
+        if type(method).__name__ == "UnquantizedFusedMoEMethod" and next(layer.parameters()).device.type == "cpu":
+            method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def hide_tokens(model: nn.Module, first: int) -> RemovableHandle:

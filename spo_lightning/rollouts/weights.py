@@ -1,11 +1,75 @@
-"""Copying streamed parameters into a model in place."""
+"""Pushed weights: what a full set of a model is, and copying one into a model in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of every name, the first one of the same tensor; tied parameters have several.
+
+    Args:
+        tensors: parameters and saved buffers of a model, ``state_dict(keep_vars=True)``.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+
+
+class PushCheck:
+    """Compares a push, tensor by tensor, with what a model has, and gathers what is wrong.
+
+    Args:
+        model: what to call it, such as "the engine's Qwen3ForCausalLM".
+        first: of every name, the first one of the same tensor.
+        shapes: by first name.
+        holds: whether what was kept of a tensor, by first name, is the same as another value.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        first: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        holds: Callable[[str, Tensor], bool],
+    ) -> None:
+        self._model, self._first, self._shapes, self._holds = model, first, shapes, holds
+        self._came: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+
+    def takes(self, name: str, value: Tensor) -> bool:
+        """Whether to keep a value: it fits, and none came under another of the tensor's names."""
+        first = self._first.get(name)
+        if first is None:
+            self._problems[name] = f"{name} is unknown"
+        elif self._shapes[first] != tuple(value.shape):
+            self._problems[first] = f"{name} has shape {tuple(value.shape)}, the model's is {self._shapes[first]}"
+        elif first not in self._came:
+            self._came[first] = name
+            return True
+        elif not self._holds(first, value):
+            self._problems[first] = f"{name} differs from {self._came[first]}, to which the model ties it"
+        return False
+
+    def finish(self) -> None:
+        """Report what was wrong, at the end of the push.
+
+        Raises:
+            ValueError: a name was unknown or missing, a shape differed, or tied names carried different values; lists
+                all of them.
+        """
+        missing = [
+            f"{name} is missing" for name in self._shapes if name not in self._came and name not in self._problems
+        ]
+        problems = [*self._problems.values(), *missing]
+        if problems:
+            raise ValueError(
+                f"the pushed parameters do not fit {self._model}: {'; '.join(problems)}. Push every parameter, and "
+                "every buffer that is saved, of a model with the same configuration, unsharded, under its state_dict() "
+                "names."
+            )
 
 
 @torch.no_grad()
@@ -17,29 +81,20 @@ def copy_parameters(model: nn.Module, named_parameters: Iterable[tuple[str, Tens
 
     Args:
         model: receives the values.
-        named_parameters: (name, full tensor) pairs under ``model.named_parameters()`` names.
+        named_parameters: (name, full tensor) pairs, parameters and saved buffers, under ``model.state_dict()`` names.
 
     Raises:
-        ValueError: a name is unknown or missing, a shape differs, or tied names carry different values; lists all of
-            them. The model then holds a mixture of old and new values.
+        ValueError: see ``PushCheck.finish``. The model then holds a mixture of old and new values.
     """
-    names = dict(model.named_parameters(remove_duplicate=False))
-    copied: dict[int, str] = {}
-    problems = []
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    first = first_names(tensors)
+    shapes = {name: tuple(tensors[name].shape) for name in first.values()}
+
+    def holds(name: str, value: Tensor) -> bool:
+        return torch.equal(tensors[name], value.to(tensors[name]))
+
+    check = PushCheck(f"the engine's {type(model).__name__}", first, shapes, holds)
     for name, value in named_parameters:
-        parameter = names.get(name)
-        if parameter is None:
-            problems.append(f"{name} is unknown")
-        elif parameter.shape != value.shape:
-            problems.append(f"{name} has shape {tuple(value.shape)}, the model's is {tuple(parameter.shape)}")
-        elif id(parameter) not in copied:
-            parameter.copy_(value)
-            copied[id(parameter)] = name
-        elif not torch.equal(parameter, value.to(parameter)):
-            problems.append(f"{name} differs from {copied[id(parameter)]}, to which the model ties it")
-    problems += [f"{name} is missing" for name, p in model.named_parameters() if id(p) not in copied]
-    if problems:
-        raise ValueError(
-            f"the pushed parameters do not fit the engine's {type(model).__name__}: {'; '.join(problems)}. Push every "
-            "parameter of a model with the same configuration, unsharded, under its named_parameters() names."
-        )
+        if check.takes(name, value):
+            tensors[name].copy_(value)
+    check.finish()

@@ -37,13 +37,13 @@ class Policy:
     @torch.no_grad()
     def change(self, version: int) -> None:
         torch.manual_seed(version)
-        for parameter in self.model.parameters():
+        for parameter in {id(value): value for value in self.model.state_dict(keep_vars=True).values()}.values():
             parameter.add_(0.03 * torch.randn_like(parameter))
         self.versions[version] = copy.deepcopy(self.model)
 
     def push(self, engine: VLLMServerEngine, version: int) -> None:
         self.change(version)
-        engine.update_weights(self.model.named_parameters(), version)
+        engine.update_weights(self.model.state_dict().items(), version)
 
     def context(self, rank: int = 0, eos: tuple[int, ...] = (), **changes: Any) -> EngineContext:
         return EngineContext(

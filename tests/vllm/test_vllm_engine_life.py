@@ -245,15 +245,16 @@ def test_a_failure_of_vllm_during_a_push_reads_the_stream_to_its_end(
     assert taken == ["end", "end"]
 
 
-def test_experts_follow_every_push(tmp_path: Path, engines: list[VLLMEngine]) -> None:
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe"])
+def test_experts_follow_every_push(tmp_path: Path, engines: list[VLLMEngine], architecture: str) -> None:
     """Their kernels on a CPU work on packed copies, which vLLM does not renew when it reloads."""
-    model = make_policy(tmp_path, architecture="qwen3_moe", tied=False)
-    others = [make_policy(None, architecture="qwen3_moe", tied=False, seed=seed) for seed in (1, 2)]
+    model = make_policy(tmp_path, architecture=architecture, tied=False)
+    others = [make_policy(None, architecture=architecture, tied=False, seed=seed) for seed in (1, 2)]
     engine = start(tmp_path)
     engines.append(engine)
     for version, pushed in enumerate([model, *others, model]):
         if version:
-            engine.update_weights(pushed.named_parameters(), version)
+            engine.update_weights(pushed.state_dict().items(), version)
         for completion in run(engine, [request(i, prompt, seed=i) for i, prompt in enumerate(PROMPTS)]).values():
             assert_teacher_forced(pushed, completion)
 

@@ -46,11 +46,11 @@ def wait_until_up(servers: list[ServerProcess], seconds: float = 300.0) -> None:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
-    """Two servers of a tied policy, one of an untied policy, and one of a mixture of experts."""
+    """Two servers of a tied policy, one of an untied policy, and one of experts that are chosen by a saved buffer."""
     started: dict[str, Started] = {}
     for name, count in (("tied", 2), ("untied", 1), ("experts", 1)):
         folder = tmp_path_factory.mktemp(name)
-        policy = Policy(folder / "policy", name == "tied", "qwen3_moe" if name == "experts" else "qwen3")
+        policy = Policy(folder / "policy", name == "tied", "glm4_moe" if name == "experts" else "qwen3")
         started[name] = (policy, [ServerProcess(policy.folder, folder / f"{i}.log") for i in range(count)])
     processes = [process for _, group in started.values() for process in group]
     try:
