@@ -6,6 +6,7 @@ has imported everything, which takes longer than most of their runs, and find ea
 Also what starts two processes of another script, and compares what came of runs.
 """
 
+import faulthandler
 import os
 import signal
 import socket
@@ -188,6 +189,7 @@ def run(
     **module_settings: Any,
 ) -> dict[str, Any]:
     """Train, 5 prompts an iteration in 2 mini-batches: nothing divides by the number of ranks."""
+    print(name, flush=True)  # in the log before whatever goes wrong
     trajectory, told = Trajectory(), False
     engine = WeighingEngine() if engine is None else engine
     checkpoint = IterationCheckpoint(every_n_iterations=SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
@@ -414,6 +416,7 @@ RUNS = {2: run_in_two, 3: run_in_three, 4: run_in_four}
 
 def become_rank(rank: int, count: int, port: int, folder: Path) -> None:
     """Of ``count`` ranks."""
+    faulthandler.enable()  # a crash below Python says where it was
     os.environ |= rank_variables(rank, count, port)
     RUNS[count](folder)
 
