@@ -291,10 +291,10 @@ def test_the_export_of_a_checkpoint_with_adapters_computes_what_the_run_did(fold
 
 
 @pytest.mark.parametrize(
-    ("variant", "margin"), [("fsdp2", 5), ("offload-fsdp2", 5), ("experts-fsdp2", 5), ("lora-fsdp2", 6)]
+    ("variant", "margin"), [("fsdp2", 5), ("offload-fsdp2", 5), ("experts-fsdp2", 4), ("lora-fsdp2", 6)]
 )
 def test_weights_reach_the_engine_without_a_second_full_copy_on_a_rank(folder, variant, margin):
-    """A bound in units of the largest parameter, of which a model has 8.6; kept, as a list of them is, all count.
+    """A bound in units of the largest parameter, of which a model has 8.6 or, with experts, 4.2; a list counts all.
 
     Three are the parameter before, the gathered parts, and these put together; gloo's thread may let go of a buffer
     later. Merging holds one more and the adapters.
