@@ -25,14 +25,14 @@ from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 
 
 class Stream:
-    """A model's parameters, and when they had all been read."""
+    """A model's weights, and when they had all been read."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self.read = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._model.named_parameters()
+        yield from self._model.state_dict().items()
         self.read = time.perf_counter()
 
 

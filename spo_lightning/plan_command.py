@@ -216,7 +216,7 @@ def _following(source: PolicySource) -> Iterator[None]:
     except RuntimeError as error:
         raise ConfigError(
             f"torch cannot follow {source.path} without data: {str(error).rstrip('.')}; if that is about a dtype, plan "
-            "with trainer.precision bf16-true"
+            "with trainer.precision bf16-true, and no other dtype of the engine"
         ) from error
     finally:
         torch_log.disabled = False
@@ -254,7 +254,9 @@ def _length_limit(source: PolicySource) -> int:
 
 @cache
 def _token_bytes(source: PolicySource, dtype: torch.dtype, ranks: int) -> int:
-    return _fake(source, dtype).token_bytes(ranks)
+    model = _fake(source, dtype)
+    with _following(source):
+        return model.token_bytes(ranks)
 
 
 @cache

@@ -139,18 +139,18 @@ def full_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     One at a time: besides a parameter, at most its unit is whole on a rank. Tied parameters come once, adapters merged
     into what they adapt. Parameters that are neither sharded nor adapted are not copied. Buffers that checkpoints hold,
-    such as the correction by which some models choose their experts, come last.
+    such as the correction by which some models choose their experts, come first.
 
     Args:
         policy: a ``Policy``, sharded or not.
     """
     lora = cast(Policy, policy).lora
     parameters = _whole_parameters(policy)
-    yield from parameters if lora is None else merge_adapters(parameters, lora)
     for prefix, module in policy.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield _model_name(f"{prefix}.{name}"), buffer
+    yield from parameters if lora is None else merge_adapters(parameters, lora)
 
 
 def _whole_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:

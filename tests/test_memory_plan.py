@@ -533,9 +533,12 @@ def test_a_mixture_of_experts_is_planned_in_bfloat16_alone(spo_plan, tmp_path, c
     model = make_model(tmp_path / "policy", "qwen3_moe", max_positions=512)
     with pytest.raises(SystemExit, match="2"):
         spo_plan()
-    words = "torch.float32; if that is about a dtype, plan with trainer.precision bf16-true"
+    words = "; if that is about a dtype, plan with trainer.precision bf16-true, and no other dtype of the engine"
     assert words in capsys.readouterr().err
     assert "torch._subclasses" not in str(caplog.records)  # which logs a traceback
+    with pytest.raises(SystemExit, match="2"):
+        spo_plan("--trainer.precision=bf16-true", VLLM, "--model.engine.dtype=float32")
+    assert words in capsys.readouterr().err
     output = spo_plan("--trainer.precision=bf16-true")
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in output
 

@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from transformers import Llama4Config
 from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import policy_parameters
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
-from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
+from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer, _MemorySink
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
+from spo_lightning.rollouts.weights import PushCheck
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
+from spo_lightning.unloaded import unloaded_model
 
 from tiny_models import make_char_tokenizer, make_model
 
@@ -76,9 +79,10 @@ def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dty
 def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     """Transformers holds the experts of a layer in one parameter, and writes each by itself.
 
-    What no gradient changes, such as the correction by which GLM-4 chooses experts, is kept in float32.
+    What no gradient changes, such as the correction by which GLM-4 chooses experts, is kept in float32. Rows of 33 are
+    such that numbers of 4 bytes are at odd places unless they come first.
     """
-    model = make_model(tmp_path / "policy", architecture, tied=False)
+    model = make_model(tmp_path / "policy", architecture, tied=False, hidden_size=33)
     layout = layout_of(tmp_path, str(dtype).removeprefix("torch."))
     named = model.state_dict()
     buffers = named.keys() - dict(model.named_parameters()).keys()
@@ -97,6 +101,53 @@ def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str, 
     named.popitem()
     with pytest.raises(ValueError, match="lm_head.weight is missing"):
         transfer.write(named.items(), "1")
+
+
+def test_whole_numbers_are_kept_as_such(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 knows those up to 2**24."""
+    kept = {"counts": torch.tensor([2**24 + 1, -(2**40) - 1, 3]), "flags": torch.tensor([True, False, True])}
+
+    def with_buffers(made: Any) -> Any:
+        for name, value in kept.items():
+            made.model.norm.register_buffer(name, value.to(made.device))
+        return made
+
+    monkeypatch.setattr(policy_parameters, "unloaded_model", lambda config: with_buffers(unloaded_model(config)))
+    named = with_buffers(model).state_dict()
+    layout = layout_of(tmp_path, "bfloat16")
+    found = load_file(FileTransfer(layout, tmp_path / "weights").write(named.items(), "0").path)
+    transfer = in_memory(layout)
+    sink = _MemorySink(transfer.write(named.items(), "0").data, layout)
+    for name, value in kept.items():
+        torch.testing.assert_close(found[f"model.norm.{name}"], value, rtol=0, atol=0)
+        assert sink.holds(f"model.norm.{name}", value) and not sink.holds(f"model.norm.{name}", ~value)
+
+
+def test_all_that_is_wrong_with_a_push_is_said() -> None:
+    first = {"a": "a", "b": "b", "again": "b", "c": "c", "d": "d", "tied": "d"}
+    check = PushCheck("it", first, dict.fromkeys("abcd", (1,)), lambda name, value: (name, float(value)) == ("b", 2.0))
+    pushed = [("a", 1), ("a", 1), ("b", 2), ("again", 3), ("x", 4)]
+    taken = [check.takes(name, torch.full((1,), value)) for name, value in pushed]
+    assert taken == [True, False, True, False, False]
+    assert [check.takes(name, torch.zeros(2)) for name in ("d", "tied")] == [False, False]
+    with pytest.raises(ValueError) as error:
+        check.finish()
+    problems = [
+        *("a comes twice", "again differs from b, to which the model ties it", "x is unknown"),
+        *("d has shape (2,), the model's is (1,)", "tied has shape (2,), the model's is (1,)", "c is missing"),
+    ]
+    assert f"do not fit it: {'; '.join(problems)}. Push every" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_stream_is_read_to_its_end_whatever_goes_wrong(model, tmp_path, monkeypatch, kind: str) -> None:
+    layout = layout_of(tmp_path)
+    transfer = FileTransfer(layout, tmp_path / "weights") if kind == "file" else in_memory(layout)
+    monkeypatch.setattr(PolicyParameters, "saved_form", lambda *_: {}["no such"])
+    stream = iter(model.named_parameters())
+    with pytest.raises(KeyError, match="no such"):
+        transfer.write(stream, "0")
+    assert next(stream, None) is None
 
 
 def test_a_part_of_what_is_in_the_checkpoint_is_refused() -> None:

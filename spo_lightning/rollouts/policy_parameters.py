@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -26,7 +27,7 @@ class PolicyParameters:
         first: of every name, the first one of the same parameter; tied parameters have several.
         shapes: by first name, in the model's order.
         saved_shapes: by name in a checkpoint, where tied parameters are once.
-        buffers: names in a checkpoint of what is no parameter, and is not trained.
+        buffers: dtypes of what is no parameter and is not trained, by name in a checkpoint; fractions are in float32.
         num_embeddings: tokens that the model has embeddings for.
         model_name: class of the model.
 
@@ -48,7 +49,12 @@ class PolicyParameters:
         forms = {name: self.saved_form(name, tensor) for name, tensor in named.items()}
         parts = [(part, tuple(tensor.shape)) for form in forms.values() for part, tensor in form.items()]
         self.saved_shapes = dict(parts)
-        self.buffers = {part for name in named for part in forms[name] if not isinstance(named[name], nn.Parameter)}
+        self.buffers = {
+            part: torch.float32 if tensor.is_floating_point() else tensor.dtype
+            for name, form in forms.items()
+            for part, tensor in form.items()
+            if not isinstance(named[name], nn.Parameter)
+        }
         if sorted(parts) != sorted((name, tuple(tensor.shape)) for name, tensor in whole.items()):
             raise ConfigError(
                 f"checkpoints of {self.model_name} join several of its parameters in one, which are pushed one by one; "
@@ -74,6 +80,6 @@ class PolicyParameters:
         if config.get_text_config() is not config and self.model_name not in architectures:
             raise ConfigError(
                 f"the policy is a {self.model_name}, a part of the checkpoint's {' or '.join(architectures)}, which "
-                "vLLM would load and which calls its parameters differently; take TransformersEngine, or a checkpoint "
-                "of the language model alone"
+                "vLLM would load and which calls its parameters differently; take a checkpoint of the language model "
+                "alone or, if each of its layers has full attention, TransformersEngine"
             )

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from spo_lightning.rollouts.server_client import ServerClient
 from spo_lightning.rollouts.server_weights import (
-    DTYPE_CODES,
     PushedWeights,
     WeightLayout,
     WeightLink,
@@ -27,6 +26,13 @@ from spo_lightning.rollouts.server_weights import (
 )
 
 log = logging.getLogger(__name__)
+
+# of the safetensors format
+_CODES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    torch.bool: "BOOL",
+}
 
 
 class FileTransfer(WeightTransfer):
@@ -152,7 +158,7 @@ def _header(layout: WeightLayout) -> bytes:
     """The first bytes of a safetensors file with the set's bytes after them."""
     entries: dict[str, Any] = {
         name: {
-            "dtype": DTYPE_CODES[dtype],
+            "dtype": _CODES[dtype],
             "shape": list(layout.shape(name)),
             "data_offsets": [layout.offsets[name], layout.offsets[name] + layout.bytes_of(name)],
         }

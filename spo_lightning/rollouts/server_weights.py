@@ -23,7 +23,7 @@ from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_client import ServerClient
 from spo_lightning.rollouts.weights import PushCheck
 
-DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightLayout:
@@ -32,7 +32,7 @@ class WeightLayout:
     Args:
         model_path: folder or hub name of the policy.
         revision: hub revision.
-        dtype: name of the dtype that parameters are pushed in; what is no parameter goes in float32.
+        dtype: name of the dtype that parameters are pushed in.
 
     Attributes:
         parameters: of the policy.
@@ -42,16 +42,16 @@ class WeightLayout:
 
     Raises:
         ValueError: the dtype is none that is pushed.
+        ConfigError: see ``PolicyParameters``.
     """
 
     def __init__(self, model_path: str, revision: str | None, dtype: str) -> None:
         found = getattr(torch, dtype, None)
-        if found not in DTYPE_CODES:
-            known = ", ".join(str(key).removeprefix("torch.") for key in DTYPE_CODES)
+        if found not in WEIGHT_DTYPES:
+            known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
             raise ValueError(f"dtype is {dtype!r}; weights are pushed as one of {known}")
         self.parameters = PolicyParameters(AutoConfig.from_pretrained(model_path, revision=revision))
-        buffers = self.parameters.buffers
-        dtypes = {name: torch.float32 if name in buffers else found for name in self.parameters.saved_shapes}
+        dtypes = {name: self.parameters.buffers.get(name, found) for name in self.parameters.saved_shapes}
         self.dtypes = dict(sorted(dtypes.items(), key=lambda item: -item[1].itemsize))
         self.offsets: dict[str, int] = {}
         self.size = 0

@@ -117,7 +117,8 @@ class VLLMEngine(RolloutEngine):
 
         Raises:
             RuntimeError: the engine was started before, or the run has several processes and no process group.
-            ConfigError: vLLM is not installed, the ranks do not divide into engines, or an argument is unknown to vLLM.
+            ConfigError: vLLM is not installed, the ranks do not divide into engines, an argument is unknown to vLLM, or
+                the policy cannot be pushed (see ``PolicyParameters``).
             ValueError: the length limit exceeds the model's.
         """
         if self._process is not None:

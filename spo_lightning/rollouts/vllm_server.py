@@ -138,6 +138,7 @@ class VLLMServerEngine(RolloutEngine):
             RuntimeError: the engine was started before, a server does not answer in time or cannot be sent weights,
                 another run has the weights folder or the port, or there is no room for the weights.
             ValueError: a server does not fit the run: another model, too short a length, missing options.
+            ConfigError: the policy cannot be pushed (see ``PolicyParameters``).
         """
         if self._thread is not None:
             raise RuntimeError("the engine is started already; start it once, or close() it first")

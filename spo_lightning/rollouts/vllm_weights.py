@@ -30,7 +30,8 @@ class CheckedStream:
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
         self._source = iter(named_parameters)
         self._expected = expected
-        self._tied: dict[str, Tensor | None] = {first: None for name, first in expected.first.items() if first != name}
+        self._tied_names = {first for name, first in expected.first.items() if first != name}
+        self._tied: dict[str, Tensor] = {}
         self._check = PushCheck(f"the engine's {expected.model_name}", expected.first, expected.shapes, self._holds)
         self._failure: Exception | None = None
 
@@ -39,7 +40,7 @@ class CheckedStream:
             for name, value in self._source:
                 if self._check.takes(name, value):
                     first = self._expected.first[name]
-                    if first in self._tied:
+                    if first in self._tied_names:
                         self._tied[first] = value
                     yield from self._expected.saved_form(first, value).items()
         except Exception as error:  # kept from vLLM, whose half-done reload would spoil the next one; see ``check``
@@ -62,8 +63,7 @@ class CheckedStream:
         self._check.finish()
 
     def _holds(self, first: str, value: Tensor) -> bool:
-        kept = self._tied[first]
-        return kept is not None and torch.equal(kept, value)
+        return torch.equal(self._tied[first], value)
 
 
 @torch.no_grad()

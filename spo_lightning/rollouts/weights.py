@@ -37,33 +37,38 @@ class PushCheck:
     ) -> None:
         self._model, self._first, self._shapes, self._holds = model, first, shapes, holds
         self._came: dict[str, str] = {}
-        self._problems: dict[str, str] = {}
+        self._kept: set[str] = set()
+        self._problems: list[str] = []
 
     def takes(self, name: str, value: Tensor) -> bool:
         """Whether to keep a value: it fits, and none came under another of the tensor's names."""
         first = self._first.get(name)
         if first is None:
-            self._problems[name] = f"{name} is unknown"
-        elif self._shapes[first] != tuple(value.shape):
-            self._problems[first] = f"{name} has shape {tuple(value.shape)}, the model's is {self._shapes[first]}"
-        elif first not in self._came:
-            self._came[first] = name
+            return self._refuse(f"{name} is unknown")
+        before = self._came.setdefault(first, name)
+        if self._shapes[first] != tuple(value.shape):
+            return self._refuse(f"{name} has shape {tuple(value.shape)}, the model's is {self._shapes[first]}")
+        if first not in self._kept:
+            self._kept.add(first)
             return True
-        elif not self._holds(first, value):
-            self._problems[first] = f"{name} differs from {self._came[first]}, to which the model ties it"
+        if before == name:
+            return self._refuse(f"{name} comes twice")
+        if not self._holds(first, value):
+            return self._refuse(f"{name} differs from {before}, to which the model ties it")
+        return False
+
+    def _refuse(self, problem: str) -> bool:
+        self._problems.append(problem)
         return False
 
     def finish(self) -> None:
         """Report what was wrong, at the end of the push.
 
         Raises:
-            ValueError: a name was unknown or missing, a shape differed, or tied names carried different values; lists
-                all of them.
+            ValueError: a name was unknown, missing or there twice, a shape differed, or tied names carried different
+                values; lists all of them.
         """
-        missing = [
-            f"{name} is missing" for name in self._shapes if name not in self._came and name not in self._problems
-        ]
-        problems = [*self._problems.values(), *missing]
+        problems = self._problems + [f"{name} is missing" for name in self._shapes if name not in self._came]
         if problems:
             raise ValueError(
                 f"the pushed parameters do not fit {self._model}: {'; '.join(problems)}. Push every parameter, and "

@@ -327,14 +327,14 @@ async def update(server: ServerProcess, name: str, buckets: list[Any]) -> AsyncI
         joining = asyncio.to_thread(WeightGroup, info, 0, torch.device("cpu"))
         group, _ = await asyncio.gather(joining, client.join_transfer(info.as_dict()))
         await client._call("POST", "/start_weight_update")
-        yield group, asyncio.create_task(client.update_weights({"dtype": "float32", "buckets": buckets}))
+        yield group, asyncio.create_task(client.update_weights({"buckets": buckets}))
         group.close()
 
 
 def test_a_trainer_that_dies_in_the_middle_of_a_push_leaves_a_server_that_the_next_one_can_use(untied: Run) -> None:
     """Its group ends after the first of two announced broadcasts; the weights are half replaced then."""
     named = list(untied.policy.model.named_parameters())
-    buckets = [[(name, list(value.shape)) for name, value in part] for part in (named[:1], named[1:])]
+    buckets = [[(name, "float32", list(value.shape)) for name, value in part] for part in (named[:1], named[1:])]
 
     async def die() -> None:
         async with update(untied.servers[0], "dies", buckets) as (group, answer):
@@ -355,7 +355,7 @@ def test_a_parameter_of_another_shape_is_refused_and_a_good_push_follows(untied:
     name, value = next(iter(untied.policy.model.named_parameters()))
 
     async def push_too_small() -> None:
-        async with update(untied.servers[0], "shape", [[(name, [3, value.shape[1]])]]) as (group, answer):
+        async with update(untied.servers[0], "shape", [[(name, "float32", [3, value.shape[1]])]]) as (group, answer):
             await asyncio.to_thread(group.broadcast, torch.zeros(3 * value.shape[1] * 4, dtype=torch.uint8))
             with pytest.raises(ServerRefused, match="cannot load the weights: AssertionError"):
                 await answer
