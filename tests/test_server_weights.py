@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Llama4Config
+from transformers import MllamaConfig
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import policy_parameters
@@ -79,10 +79,9 @@ def test_a_set_is_in_the_dtype_asked_for(model, tmp_path: Path, dtype: torch.dty
 def test_experts_are_kept_as_in_a_checkpoint(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     """Transformers holds the experts of a layer in one parameter, and writes each by itself.
 
-    What no gradient changes, such as the correction by which GLM-4 chooses experts, is kept in float32. Rows of 33 are
-    such that numbers of 4 bytes are at odd places unless they come first.
+    What no gradient changes, such as the correction by which GLM-4 chooses experts, is kept in float32.
     """
-    model = make_model(tmp_path / "policy", architecture, tied=False, hidden_size=33)
+    model = make_model(tmp_path / "policy", architecture, tied=False)
     layout = layout_of(tmp_path, str(dtype).removeprefix("torch."))
     named = model.state_dict()
     buffers = named.keys() - dict(model.named_parameters()).keys()
@@ -151,9 +150,10 @@ def test_a_stream_is_read_to_its_end_whatever_goes_wrong(model, tmp_path, monkey
 
 
 def test_a_part_of_what_is_in_the_checkpoint_is_refused() -> None:
-    """Llama 4 sees; its policy is the language model alone, whose parameters have other names in the checkpoint."""
-    config = Llama4Config(text_config={"num_hidden_layers": 1}, architectures=["Llama4ForConditionalGeneration"])
-    message = "is a Llama4ForCausalLM, a part of the checkpoint's Llama4ForConditionalGeneration, .*TransformersEngine"
+    """Mllama sees; its policy is the language model alone, whose parameters have other names in the checkpoint."""
+    text = {"num_hidden_layers": 1, "cross_attention_layers": []}
+    config = MllamaConfig(text_config=text, architectures=["MllamaForConditionalGeneration"])
+    message = "is a MllamaForCausalLM, a part of the checkpoint's MllamaForConditionalGeneration, .*TransformersEngine"
     with pytest.raises(ConfigError, match=message):
         PolicyParameters(config)
 
