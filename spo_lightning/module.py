@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -33,6 +32,7 @@ from spo_lightning.algorithms import (
     TrajectoryNormalized,
 )
 from spo_lightning.data.value_start import ValueRow
+from spo_lightning.defaults import lazy
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkResult, Evaluation, interval_metrics
@@ -117,11 +117,11 @@ class SPOModule(LightningModule):
         collection: Collection = Collection(),  # noqa: B008 (frozen)
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
         eval_sampling: SamplingParams = SamplingParams(32768, 0.6, 0.95, 20),  # noqa: B008 (frozen)
-        advantage: AdvantageEstimator = lazy_instance(TrajectoryNormalized),  # noqa: B008 (stateless, as the next two)
-        loss: PolicyLoss = lazy_instance(PPOClipLoss),  # noqa: B008
-        correction: OffPolicyCorrection | None = lazy_instance(ImportanceSampling),  # noqa: B008
+        advantage: AdvantageEstimator = lazy(TrajectoryNormalized),  # noqa: B008 (stateless, as the next two)
+        loss: PolicyLoss = lazy(PPOClipLoss),  # noqa: B008
+        correction: OffPolicyCorrection | None = lazy(ImportanceSampling),  # noqa: B008
         old_logprobs: Literal["auto", "trainer", "engine"] = "auto",
-        drift: DriftEstimator = lazy_instance(MeanAbsLogRatio),  # noqa: B008
+        drift: DriftEstimator = lazy(MeanAbsLogRatio),  # noqa: B008
         drift_max_tokens: int = 512,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

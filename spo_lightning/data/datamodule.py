@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -29,6 +28,7 @@ from spo_lightning.data.prompt_sampler import PrioritizedBatchSampler
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.training_stream import TrainingStream
 from spo_lightning.data.value_start import DrawValues, PriorStart, StartValues, ValueStart
+from spo_lightning.defaults import lazy
 from spo_lightning.errors import ConfigError
 from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.tools.formats import ChatTemplateCalls
@@ -99,9 +99,9 @@ class SPODataModule(LightningDataModule):
         chat_template: ChatTemplate = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
         tool_use: ToolUse | None = None,
-        forgetting: ForgettingRule = lazy_instance(KLHalfLife),  # noqa: B008 (stateless; --help shows its arguments)
-        prompt_weights: PromptWeights = lazy_instance(PrioritizedWeights),  # noqa: B008
-        value_start: ValueStart = lazy_instance(PriorStart),  # noqa: B008
+        forgetting: ForgettingRule = lazy(KLHalfLife),  # noqa: B008 (stateless; --help shows its arguments)
+        prompt_weights: PromptWeights = lazy(PrioritizedWeights),  # noqa: B008
+        value_start: ValueStart = lazy(PriorStart),  # noqa: B008
         smoothing: Smoothing = "jeffreys",
         initial_effective_count: float = 8.0,
         seed: int = 0,

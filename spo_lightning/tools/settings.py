@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jsonargparse import lazy_instance
-
+from spo_lightning.defaults import lazy
 from spo_lightning.tools.formats import CodeTags
 from spo_lightning.tools.protocol import Tool, ToolFormat
 
@@ -31,7 +30,7 @@ class ToolUse:
     """
 
     tools: list[Tool]
-    format: ToolFormat = lazy_instance(CodeTags)  # noqa: RUF009 (stateless)
+    format: ToolFormat = lazy(CodeTags)  # noqa: RUF009 (stateless)
     max_turns: int = 8
     max_result_tokens: int = 512
     max_tool_tokens: int = 4096
