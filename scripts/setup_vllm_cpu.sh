@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv-vllm: the project, what its tests need, and vLLM for the CPU; once for each state of the files that say what.
 # TORCH_INDEX: where the CPU build of torch comes from, a package index.
-# usage: scripts/setup_vllm_cpu.sh, then e.g. .venv-vllm/bin/python -m pytest tests/vllm -n 0 --no-cov
+# usage: scripts/setup_vllm_cpu.sh, then e.g. .venv-vllm/bin/python -m pytest tests/vllm -n 0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, documentation and tests with coverage in .venv, then the tests on real vLLM engines in .venv-vllm; sets both
+# Lint, types, documentation and tests in .venv, then the tests on real vLLM engines in .venv-vllm; sets both
 # up when needed. Further arguments go to the first pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev,docs
@@ -19,7 +19,7 @@ bash scripts/docs.sh
 pytest --ignore tests/vllm "$@"
 if [ -n "${vllm_setup:-}" ]; then
     wait "$vllm_setup" || { cat "$vllm_log" >&2; exit 1; }
-    .venv-vllm/bin/python -m pytest tests/vllm -n 0 --no-cov
+    .venv-vllm/bin/python -m pytest tests/vllm -n 0
 else
     echo "tests/vllm: not run, vLLM for the CPU is pinned for Python 3.11"
 fi

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
-from filelock import FileLock
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from memory_ranks import BUILDS, RETURNED, SHAPE
 from torch.distributed.checkpoint import FileSystemReader
@@ -31,6 +30,7 @@ from spo_lightning.sharding import check_checkpoint
 from spo_lightning.strategies import FSDP2Strategy
 
 from cpu_fsdp import CPUFSDPStrategy
+from once import once
 from rank_runs import (
     CARRYING,
     CLOSE,
@@ -60,19 +60,18 @@ from runs import make_run, write_inputs, write_policy
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the two processes left their results; of parallel test workers the first starts them."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            write_inputs(path)
-            write_inputs(path / "tied")
-            write_inputs(path / "experts", architecture="glm4_moe", tied=False)
-            for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
-                config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
-            run(path, "one", "auto", 1)
-            train_on_processes(path)
-    return path
+    """Where the two processes left their results."""
+    return once(tmp_path_factory, "ranks", train_one_and_several)
+
+
+def train_one_and_several(path: Path) -> None:
+    write_inputs(path)
+    write_inputs(path / "tied")
+    write_inputs(path / "experts", architecture="glm4_moe", tied=False)
+    for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
+        config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
+    run(path, "one", "auto", 1)
+    train_on_processes(path)
 
 
 def train_on_processes(path: Path) -> None:
@@ -310,13 +309,16 @@ def test_weights_reach_the_engine_without_a_second_full_copy_on_a_rank(folder, v
 @pytest.fixture(scope="module")
 def growths(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """What the ranks of ``memory_ranks.py`` found, by strategy."""
-    path = tmp_path_factory.mktemp("memory")
+    path = once(tmp_path_factory, "memory", measure_memory)
+    return {name: [json.loads((path / f"{name}-{rank}.json").read_text()) for rank in range(2)] for name in BUILDS}
+
+
+def measure_memory(path: Path) -> None:
     write_inputs(path, **SHAPE)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RETURNED.items():
             patch.setenv(name, value)
         train_on_two_processes(Path(__file__).with_name("memory_ranks.py"), path)
-    return {name: [json.loads((path / f"{name}-{rank}.json").read_text()) for rank in range(2)] for name in BUILDS}
 
 
 def test_a_process_grows_by_a_unit_or_a_parameter_while_weights_are_pushed(growths):

@@ -11,6 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
+from once import once
 from rank_runs import load, train_on_two_processes
 from runs import write_inputs
 
@@ -22,10 +23,12 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have run all variants."""
-    path = tmp_path_factory.mktemp("devices")
+    return once(tmp_path_factory, "devices", run_variants)
+
+
+def run_variants(path: Path) -> None:
     write_inputs(path)
     train_on_two_processes(Path(several_devices.__file__), path)
-    return path
 
 
 LEARNED = ("policy/", "reward/", "tracker/")
