@@ -41,13 +41,8 @@ from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import (
-    Policy,
-    checkpoint_activations,
-    compile_layers,
-    decoder_layers,
-    tells_packed_sequences_apart,
-)
+from spo_lightning.packing import has_packing_kernels
+from spo_lightning.policy import Policy, checkpoint_activations, compile_layers, decoder_layers
 from spo_lightning.unpadded import UNPADDED
 
 BAR_SIZE, MEMORY_BAR, TIME_BAR = (4096, 151_936), 1 / 8, 1.15
@@ -231,7 +226,7 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
         spo_lightning.policy.linear_logprobs = plain_policy_head
     experience = make_experience(policy.model.config.vocab_size, task["sequences"], task["length"])
     optimizer = resolve_name(task["optimizer"])([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
-    packed = tells_packed_sequences_apart(task["attention"])
+    packed = has_packing_kernels(task["attention"])
     micro = MicroBatching(task["micro_batch_tokens"], 0, 1.0, packed, torch.device(device))
     ranks, loss = Ranks(), PPOClipLoss()
     autocast = torch.autocast(device, torch.bfloat16, enabled=task["precision"] == "bf16-mixed")

@@ -61,6 +61,7 @@ class Settings:
         mixed: bfloat16 is computed in, by autocast.
         optimizer: makes the optimizer.
         micro_batch_tokens: bound on a micro-batch.
+        padding_free: whether its sequences lie end to end; ``None``: where that pays.
         longest: tokens of the longest training sequence, prompt included.
         engine_dtype: of the engine's parameters, unless it has its own.
         engine_load: what the engine is asked for.
@@ -73,6 +74,7 @@ class Settings:
     mixed: bool
     optimizer: Callable[..., torch.optim.Optimizer]
     micro_batch_tokens: int
+    padding_free: bool | None
     longest: int
     engine_dtype: torch.dtype
     engine_load: EngineLoad
@@ -101,6 +103,7 @@ class Settings:
             mixed=mixed,
             optimizer=partial(import_path(model.optimizer.class_path), **model.optimizer.init_args),
             micro_batch_tokens=model.micro_batch_tokens,
+            padding_free=model.padding_free,
             longest=data.max_prompt_tokens + model.sampling.max_tokens + tool_tokens(model),
             engine_dtype=torch.bfloat16 if mixed else converted or dtype,
             engine_load=engine_load(model, data, layout.devices),

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spo_lightning.algorithms.linear_logprobs import ACCELERATOR_CHUNK_ELEMENTS, linear_logprobs
@@ -193,7 +194,7 @@ class FakePolicy:
     def token_bytes(self, ranks: int) -> int:
         """Bytes of the keys and values of a token on one device, where devices split the heads between them."""
         with self._mode:
-            layers = self._cache_of_one_token().layers
+            layers = [layer for layer in self._cache_of_one_token().layers if isinstance(layer, DynamicLayer)]
         return sum(x[:, : -(-x.shape[1] // ranks)].numel() * x.itemsize for y in layers for x in (y.keys, y.values))
 
     def _cache_of_one_token(self) -> DynamicCache:

@@ -52,7 +52,8 @@ from spo_lightning.learner import score
 from spo_lightning.learning import Learning
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
-from spo_lightning.policy import Policy, PolicyConfig, tells_packed_sequences_apart
+from spo_lightning.packing import packs_by_default, require_kept_apart
+from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
 from spo_lightning.policy_update import PolicyUpdate
 from spo_lightning.preparation import decided_rows
@@ -96,7 +97,7 @@ class SPOModule(LightningModule):
         num_minibatches: optimiser steps per rollout batch (the paper takes 8).
         micro_batch_tokens: most tokens, padding included, of one forward and backward pass on one rank.
         padding_free: lay the sequences of a micro-batch end to end instead of padding them; ``None`` does so where the
-            policy's attention has kernels for it (flash attention, flex attention).
+            policy's attention has kernels for it (flash attention, flex attention) and is all that looks back in a row.
         max_grad_norm: gradients are clipped to this norm; ``None`` leaves them.
         max_skipped_steps: training stops after so many optimiser steps in a row with a loss or gradient not finite.
         push_tolerance: after every push of weights a few tokens are compared; the largest mean |difference| of their
@@ -168,7 +169,7 @@ class SPOModule(LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.num_minibatches = num_minibatches
         self.micro_batch_tokens = micro_batch_tokens
-        self.packed = tells_packed_sequences_apart(policy.attn_implementation) if padding_free is None else padding_free
+        self.padding_free = padding_free
         self.max_grad_norm = max_grad_norm
         self.push_tolerance = push_tolerance
         self.seed = seed
@@ -200,6 +201,10 @@ class SPOModule(LightningModule):
         # the CPU, which give every device the same numbers, are refused.
         with torch.device("cpu"):
             policy = load_policy(self.policy_config, reads, self.seed, sharded)
+            default = packs_by_default(self.policy_config.attn_implementation, policy.model)
+            self.packed = default if self.padding_free is None else self.padding_free
+            if self.packed and reads:
+                require_kept_apart(policy.model)
         self.policy: torch.nn.Module = policy
         if strategy is not None:
             self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
@@ -536,7 +541,7 @@ class SPOModule(LightningModule):
                     self.trainer.datamodule.max_prompt_tokens  # type: ignore[attr-defined]
                     + max(self.sampling.max_tokens, self.eval_sampling.max_tokens)
                     + self.tool_tokens,
-                    cast(Policy, self.policy).model.config.max_position_embeddings,
+                    cast(Policy, self.policy).model.config.get_text_config().max_position_embeddings,
                 ),
                 revision=self.policy_config.revision,
                 rank=self.global_rank,

@@ -33,7 +33,8 @@ from spo_lightning.memory_plan import (
 )
 from spo_lightning.memory_settings import PolicySource, Settings
 from spo_lightning.memory_trace import FakePolicy, measure_optimizer
-from spo_lightning.policy import tells_packed_sequences_apart
+from spo_lightning.packing import has_packing_kernels, packs_by_default, remembers_beside_attention
+from spo_lightning.rollouts.kv_cache import require_full_attention
 
 
 class PlanCLI(SPOCLI):
@@ -171,8 +172,7 @@ def _architecture(path: str, revision: str | None) -> Any:
 
 
 def _fake(source: PolicySource, dtype: torch.dtype, checkpointing: bool = False) -> FakePolicy:
-    packed = tells_packed_sequences_apart(source.attn_implementation)
-    attention = "sdpa" if packed else source.attn_implementation
+    attention = "sdpa" if has_packing_kernels(source.attn_implementation) else source.attn_implementation
     lora = None if source.lora is None else LoraSettings(source.lora.rank, target_modules=source.lora.target_modules)
     return FakePolicy(_architecture(source.path, source.revision), dtype, attention, checkpointing, lora)
 
@@ -191,7 +191,9 @@ def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
             f"micro_batch_tokens={bound}; raise model.micro_batch_tokens or lower one of them"
         )
     width = min(longest, max(1, bound // 2))
-    packed = tells_packed_sequences_apart(settings.policy.attn_implementation)
+    packed = settings.padding_free is not False and packs_by_default(
+        settings.policy.attn_implementation, _fake(settings.policy, torch.float32).model
+    )
     shape = (1, bound, False) if packed else (bound // width, width, True)
     return _micro_batch(settings.policy, settings.compute_dtype, settings.checkpointing, settings.mixed, *shape)
 
@@ -238,6 +240,8 @@ def _engine_notes(settings: Settings, gpu_bytes: float) -> list[str]:
     notes = []
     if isinstance(load, VLLMLoad) and memory.problem is None:
         notes.append(requests_at_once(load, memory.cache, *_token_bytes_and_limit(settings, load)))
+        if remembers_beside_attention(_fake(settings.policy, torch.float32).model):
+            notes.append("beside, each request holds a state of the layers that are not attention; it is not counted")
     if memory.host:
         notes.append(f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory")
     return notes
@@ -249,7 +253,7 @@ def _token_bytes_and_limit(settings: Settings, load: VLLMLoad) -> tuple[int, int
 
 
 def _length_limit(source: PolicySource) -> int:
-    return _architecture(source.path, source.revision).max_position_embeddings
+    return _architecture(source.path, source.revision).get_text_config().max_position_embeddings
 
 
 @cache
@@ -263,6 +267,7 @@ def _token_bytes(source: PolicySource, dtype: torch.dtype, ranks: int) -> int:
 def _transformers_memory(source: PolicySource, dtype: torch.dtype, load: TransformersLoad) -> EngineMemory:
     width = min(load.width, _length_limit(source))
     model = _fake(replace(source, attn_implementation=load.attn_implementation, lora=None), dtype)
+    require_full_attention(model.model)
     with _following(source):
         return model.engine(load.rows, width, min(load.prompt_width, width), load.max_prefill_tokens)
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings, adapters
+from spo_lightning.packing import packed_hidden_states
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -111,14 +111,12 @@ class Policy(nn.Module):
         if attention_mask is not None and self.model.config._attn_implementation == UNPADDED:
             hidden = hidden_states(model, input_ids, position_ids, attention_mask)
             predicts = predicts[attention_mask]
+        elif attention_mask is None:
+            by_bounds = "flash" in self.model.config._attn_implementation
+            hidden = packed_hidden_states(self.model, input_ids, position_ids, by_bounds)
         else:
-            end_to_end = attention_mask is None and "flash" in self.model.config._attn_implementation
             hidden = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                **(_sequence_bounds(position_ids) if end_to_end else {}),
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
         head = self.model.get_output_embeddings()
         return linear_logprobs(
@@ -129,13 +127,6 @@ class Policy(nn.Module):
             head.bias,
             backend=self.head,
         )
-
-
-def _sequence_bounds(position_ids: Tensor) -> dict[str, Any]:
-    """Where sequences laid end to end begin; each layer of flash attention would find out anew, and wait for it."""
-    bounds, longest = prepare_fa_kwargs_from_position_ids(position_ids)
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    return dict(zip(names, (*bounds, *map(int, longest)), strict=True))
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -172,11 +163,6 @@ def compile_layers(model: Any, sharded: bool) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
     for layer in decoder_layers(model):
         layer.compile(dynamic=None if sharded else True)
-
-
-def tells_packed_sequences_apart(attn_implementation: str) -> bool:
-    """Whether an attention of Transformers runs sequences laid end to end at the cost of each by itself."""
-    return "flash" in attn_implementation or attn_implementation == "flex_attention"
 
 
 def plain_name(name: str) -> str:

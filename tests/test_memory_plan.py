@@ -513,6 +513,7 @@ def spo_plan(tmp_path, monkeypatch, capsys):
         plan_command.run()
         return capsys.readouterr().out
 
+    run.folder = folder
     return run
 
 
@@ -638,13 +639,26 @@ def test_more_ranks_or_a_larger_share_help_weights_that_do_not_fit(spo_plan):
     assert texts == ["tensor_parallel_size: 2", "gpu_memory_utilization: 0.64"]
 
 
+def test_of_layers_that_are_not_attention_keys_and_values_are_not_counted_and_packing_is_not_planned(spo_plan):
+    """Two layers, one of them a convolution; and only vLLM runs such a model."""
+    folder = spo_plan.folder
+    make_model(folder, "lfm2", max_positions=512, num_heads=4, num_kv_heads=2, hidden_size=32)
+    packed = "--model.policy.attn_implementation=flash_attention_2"
+    output = spo_plan(VLLM, packed, "--model.engine.kv_cache_memory_bytes=1048576")
+    assert f"vLLM's cache holds at most {2**20 // (2 * 2 * 8 * 4):,} tokens" in output
+    assert "each request holds a state of the layers that are not attention" in output
+    with pytest.raises(SystemExit):
+        spo_plan()
+
+
 def test_the_largest_micro_batch_is_padded_unless_sequences_are_packed(spo_plan, monkeypatch):
     shapes = []
     monkeypatch.setattr(plan_command, "_micro_batch", lambda *given: shapes.append(given[-3:]) or NO_BATCH)
     spo_plan()
     spo_plan("--model.micro_batch_tokens=200")
     spo_plan("--model.policy.attn_implementation=flash_attention_2")
-    assert shapes == [(8, 128, True), (2, 100, True), (1, 1024, False)]
+    spo_plan("--model.policy.attn_implementation=flash_attention_2", "--model.padding_free=false")
+    assert shapes == [(8, 128, True), (2, 100, True), (1, 1024, False), (8, 128, True)]
 
 
 @pytest.mark.parametrize(

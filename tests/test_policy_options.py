@@ -25,7 +25,8 @@ from spo_lightning.data import Benchmark, PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.experience import TokenSequence
 from spo_lightning.micro_batches import MicroBatching
-from spo_lightning.policy import Policy, PolicyConfig, decoder_layers, tells_packed_sequences_apart
+from spo_lightning.packing import has_packing_kernels
+from spo_lightning.policy import Policy, PolicyConfig, decoder_layers
 from spo_lightning.policy_files import load_policy
 from spo_lightning.run_checks import check_trainer
 
@@ -342,7 +343,7 @@ def test_flash_attention_is_told_where_sequences_begin_and_finds_it_out_in_no_la
     for attention in ("flash_stand_in", "sdpa"):
         policy = load_policy(PolicyConfig(str(tmp_path), attn_implementation=attention, gradient_checkpointing=True))
         policy.model.double()
-        micro = MicroBatching(1000, 0, 1.0, packed=tells_packed_sequences_apart(attention))
+        micro = MicroBatching(1000, 0, 1.0, packed=has_packing_kernels(attention))
         batch = micro.build(sequences)
         logprobs, _ = policy(batch.input_ids, batch.position_ids, batch.completion_mask, 1.0, batch.attention_mask)
         logprobs.square().sum().backward()
@@ -354,8 +355,8 @@ def test_flash_attention_is_told_where_sequences_begin_and_finds_it_out_in_no_la
 
 def test_packing_is_the_default_where_the_attention_has_kernels_for_it():
     efficient = ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn", "flex_attention"]
-    assert all(tells_packed_sequences_apart(name) for name in efficient)
-    assert not any(tells_packed_sequences_apart(name) for name in ("sdpa", "eager"))
+    assert all(has_packing_kernels(name) for name in efficient)
+    assert not any(has_packing_kernels(name) for name in ("sdpa", "eager"))
 
 
 # Liger's head

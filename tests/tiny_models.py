@@ -5,21 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHARACTERS = "0123456789+-*/=() abcdefghijklmnopqrstuvwxyz?.\n"
 PAD, EOS = "<pad>", "<eos>"
@@ -64,8 +52,9 @@ def make_model(
 
     Args:
         folder: where to save.
-        architecture: "qwen3", "llama", or one with experts, "qwen3_moe", "mixtral" or "glm4_moe"; the last also has a
-            buffer that is saved, by which it chooses its experts.
+        architecture: "qwen3", "llama"; with experts "qwen3_moe", "mixtral" or "glm4_moe", whose last has a buffer that
+            is saved, by which it chooses its experts; "qwen3_5", half of whose layers are recurrent, or "lfm2", half of
+            whose are convolutions.
         tied: whether the output projection is the embedding.
         vocab_size: may exceed the tokenizer's, as padded vocabularies do.
         hidden_size: width of the residual stream; heads have ``hidden_size / num_heads`` channels.
@@ -78,13 +67,30 @@ def make_model(
     """
     qwen3_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
     glm4_experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden_size}
-    config_class, model_class, experts = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-        "llama": (LlamaConfig, LlamaForCausalLM, {}),
-        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, qwen3_experts),
-        "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
-        "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM, glm4_experts),
+    recurrent = {
+        "layer_types": ["linear_attention", "full_attention"] * (num_layers // 2),
+        "linear_num_key_heads": num_kv_heads,
+        "linear_num_value_heads": num_heads,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    }
+    convolutional = {
+        "layer_types": ["conv", "full_attention"] * (num_layers // 2),
+        "conv_dim": hidden_size,  # for vLLM, as the next
+        "block_dim": hidden_size,
+    }
+    name, further = {
+        "qwen3": ("Qwen3", {}),
+        "llama": ("Llama", {}),
+        "qwen3_moe": ("Qwen3Moe", qwen3_experts),
+        "mixtral": ("Mixtral", {"num_local_experts": 4}),
+        "glm4_moe": ("Glm4Moe", glm4_experts),
+        "qwen3_5": ("Qwen3_5", recurrent),
+        "qwen3_next": ("Qwen3Next", recurrent | qwen3_experts | {"shared_expert_intermediate_size": hidden_size}),
+        "lfm2": ("Lfm2", convolutional),
     }[architecture]
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    config_class = model_class.config_class
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -99,7 +105,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
-        **experts,
+        **further,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

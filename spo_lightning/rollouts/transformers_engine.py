@@ -104,7 +104,9 @@ class TransformersEngine(RolloutEngine):
         require_full_attention(model)
         if self.attn_implementation == "sdpa":
             model.set_attn_implementation(LIGHT)
-        self._max_model_len = length_limit(model.config.max_position_embeddings, context.max_model_len)
+        self._max_model_len = length_limit(
+            model.config.get_text_config().max_position_embeddings, context.max_model_len
+        )
         self._model = model.to(context.device).eval().requires_grad_(False)
         self._device = torch.device(context.device)
         self._tokenizer = context.tokenizer
