@@ -8,14 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
-def unloaded_model(config: PretrainedConfig, **options: Any) -> Any:
-    """A causal language model on the meta device: its parameters' names, shapes and ties.
+def unloaded_model(config: PretrainedConfig, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """A model on the meta device: its parameters' names, shapes and ties.
 
     Args:
         config: of the model.
-        options: of ``AutoModelForCausalLM.from_config``.
+        model_class: of the model, or an automatic one.
+        options: of the class's construction from a configuration.
     """
+    build = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = build(config, **options)
     model.tie_weights()  # Transformers 5.0 does not
     return model

@@ -510,6 +510,10 @@ def test_a_server_that_a_push_would_not_reach_is_refused() -> None:
                 ServerRefused, match='back end is None: start it with --weight-transfer-config \'{"backend":'
             ):
                 await ServerCheck("policy", None, 49)(client)
+        async with clients_of(FakeServer(multimodal=True)) as (client,):
+            await ServerCheck("policy", None, 49)(client)
+            with pytest.raises(ServerRefused, match="an encoder of images, .* start it with --language-model-only"):
+                await ServerCheck("policy", None, 49, language_model_only=True)(client)
 
     asyncio.run(run())
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import MllamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MllamaConfig
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import policy_parameters
@@ -149,11 +151,68 @@ def test_a_stream_is_read_to_its_end_whatever_goes_wrong(model, tmp_path, monkey
     assert next(stream, None) is None
 
 
-def test_a_part_of_what_is_in_the_checkpoint_is_refused() -> None:
-    """Mllama sees; its policy is the language model alone, whose parameters have other names in the checkpoint."""
+TEXT = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+RECURRENT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 8,
+}
+ENCODER = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+SEEING = {  # settings of the language model and of the encoder of images
+    "Qwen3_5": (RECURRENT, ENCODER),
+    "Qwen3_5Moe": (RECURRENT | EXPERTS, ENCODER),
+    "Llama4": (
+        {"intermediate_size_mlp": 16, "num_local_experts": 4, "layer_types": ["full_attention"] * 2},
+        {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2},
+    ),
+}
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.2"), reason="there is no Qwen3.5 yet, nor this Llama 4"
+)
+@pytest.mark.parametrize("name", SEEING)
+def test_a_language_model_has_the_names_of_a_checkpoint_that_also_sees(tmp_path: Path, name: str) -> None:
+    """Values, too: of each part on its way, and of what Transformers wrote of the whole."""
+    text, vision = SEEING[name]
+    whole_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    whole = whole_class(whole_class.config_class(text_config=TEXT | text, vision_config=vision))
+    whole.save_pretrained(tmp_path)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(policy).__name__ == f"{name}ForCausalLM"
+    parameters = PolicyParameters(AutoConfig.from_pretrained(tmp_path))
+    assert parameters.language_model_only
+    state = policy.state_dict()
+    forms = (parameters.saved_form(name, state[name]) for name in parameters.shapes)
+    sent = {part: value for form in forms for part, value in form.items()}
+    written = load_file(tmp_path / "model.safetensors")
+    assert sent.keys() == parameters.saved_shapes.keys()
+    assert sent.keys() == {key for key in written if not re.search("vis|multi_modal", key)}
+    for key, value in sent.items():
+        assert torch.equal(value, written[key]) and tuple(value.shape) == parameters.saved_shapes[key]
+
+
+def test_a_language_model_that_is_not_found_in_its_checkpoint_is_refused() -> None:
     text = {"num_hidden_layers": 1, "cross_attention_layers": []}
-    config = MllamaConfig(text_config=text, architectures=["MllamaForConditionalGeneration"])
-    message = "is a MllamaForCausalLM, a part of the checkpoint's MllamaForConditionalGeneration, .*TransformersEngine"
+    config = MllamaConfig(text_config=text, architectures=["NoSuchForConditionalGeneration"])
+    message = "is a MllamaForCausalLM, a part of the checkpoint's NoSuchForConditional.*TransformersEngine"
     with pytest.raises(ConfigError, match=message):
         PolicyParameters(config)
 

@@ -36,11 +36,13 @@ class ServerCheck:
         model_path: what the policy was loaded from.
         max_model_len: length that the server must take; ``None`` takes what it has.
         known_tokens: ids below are the tokenizer's; a server that is fit is told to sample no others.
+        language_model_only: whether the policy is not all of its checkpoint (see ``PolicyParameters``).
     """
 
     model_path: str
     max_model_len: int | None
     known_tokens: int
+    language_model_only: bool = False
 
     async def __call__(self, client: ServerClient) -> Limits:
         """Ask a server, and tell it which tokens there are.
@@ -57,6 +59,11 @@ class ServerCheck:
             problems.append(
                 f"it serves {found['model']!r}, the policy is {self.model_path!r}: start it with that model, or with "
                 f"--served-model-name {self.model_path} if it is a copy"
+            )
+        if found["multimodal"] and self.language_model_only:
+            problems.append(
+                "it has loaded an encoder of images, which would be missing from what is pushed: start it with "
+                "--language-model-only"
             )
         if found["logprobs_mode"] != "processed_logprobs":
             problems.append(

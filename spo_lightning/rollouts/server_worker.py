@@ -150,8 +150,10 @@ class ServerWorker:
     def spo_describe(self) -> dict[str, Any]:
         """What a trainer must know about the server before it sends a request."""
         config, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
+        encoders = config.multimodal_config
         return {
             "model": config.model,
+            "multimodal": encoders is not None and not encoders.language_model_only,
             "dtype": str(config.dtype).removeprefix("torch."),
             "max_model_len": config.max_model_len,
             "vocab_size": config.get_vocab_size(),

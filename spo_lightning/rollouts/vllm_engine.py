@@ -301,6 +301,8 @@ class VLLMEngine(RolloutEngine):
             further = whole | further
         elif needs_plain_all_reduce(self.ranks_per_engine):
             further = {"disable_custom_all_reduce": True} | further
+        if self._parameters.language_model_only:
+            further = {"language_model_only": True} | further
         return engine_arguments(
             further,
             model=context.model_path,

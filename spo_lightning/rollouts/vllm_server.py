@@ -317,7 +317,8 @@ class VLLMServerEngine(RolloutEngine):
         session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
         timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
         clients = [ServerClient(url, session, *timeouts) for url in self.urls]
-        check = ServerCheck(context.model_path, context.max_model_len, context.known_tokens)
+        only_language = self._transfer.layout.parameters.language_model_only
+        check = ServerCheck(context.model_path, context.max_model_len, context.known_tokens, only_language)
         servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         try:
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))

@@ -91,8 +91,9 @@ def renew_packed(model: nn.Module) -> None:
     is how vLLM 0.32 reloads. After a push that broke off, what was not reloaded is packed twice; the next whole push
     mends it.
     """
-    config: Any = model.config
-    head: Any = getattr(model, "lm_head", None)
+    language_model = _language_model(model)
+    config: Any = language_model.config
+    head: Any = getattr(language_model, "lm_head", None)
     if config.get_text_config().tie_word_embeddings and head is not None:
         head.quant_method.process_weights_after_loading(head)
     for layer in model.modules():
@@ -108,6 +109,11 @@ def hide_tokens(model: nn.Module, first: int) -> RemovableHandle:
         if logits is not None:
             logits[..., first:] = -torch.inf
 
-    logits_processor: Any = model.logits_processor
+    logits_processor: Any = _language_model(model).logits_processor
     handle: RemovableHandle = logits_processor.register_forward_hook(hide)
     return handle
+
+
+def _language_model(model: Any) -> Any:
+    """Of a vLLM model that may see too."""
+    return model.get_language_model() if hasattr(model, "get_language_model") else model
