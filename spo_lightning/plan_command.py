@@ -33,7 +33,7 @@ from spo_lightning.memory_plan import (
 )
 from spo_lightning.memory_settings import PolicySource, Settings
 from spo_lightning.memory_trace import FakePolicy, measure_optimizer
-from spo_lightning.packing import has_packing_kernels, packs_by_default, remembers_beside_attention
+from spo_lightning.packing import has_packing_kernels, remembers_beside_attention
 from spo_lightning.rollouts.kv_cache import require_full_attention
 
 
@@ -182,6 +182,15 @@ def _size(source: PolicySource) -> ModelSize:
     return _fake(source, torch.float32).size()
 
 
+@cache
+def _remembers(source: PolicySource) -> bool:
+    return remembers_beside_attention(_fake(source, torch.float32).model)
+
+
+def _packs(source: PolicySource) -> bool:
+    return has_packing_kernels(source.attn_implementation) and not _remembers(source)
+
+
 def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
     """The widest rows that are padded: they need a mask, which one row of as many tokens does not."""
     bound, longest = settings.micro_batch_tokens, settings.longest
@@ -191,9 +200,7 @@ def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
             f"micro_batch_tokens={bound}; raise model.micro_batch_tokens or lower one of them"
         )
     width = min(longest, max(1, bound // 2))
-    packed = settings.padding_free is not False and packs_by_default(
-        settings.policy.attn_implementation, _fake(settings.policy, torch.float32).model
-    )
+    packed = settings.padding_free is not False and _packs(settings.policy)
     shape = (1, bound, False) if packed else (bound // width, width, True)
     return _micro_batch(settings.policy, settings.compute_dtype, settings.checkpointing, settings.mixed, *shape)
 
@@ -240,7 +247,7 @@ def _engine_notes(settings: Settings, gpu_bytes: float) -> list[str]:
     notes = []
     if isinstance(load, VLLMLoad) and memory.problem is None:
         notes.append(requests_at_once(load, memory.cache, *_token_bytes_and_limit(settings, load)))
-        if remembers_beside_attention(_fake(settings.policy, torch.float32).model):
+        if _remembers(settings.policy):
             notes.append("beside, each request holds a state of the layers that are not attention; it is not counted")
     if memory.host:
         notes.append(f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory")

@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from spo_lightning.rollouts.server_broadcast import BroadcastSettings, Broadcast
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
+from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
 from spo_lightning.rollouts.weights import PushCheck
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
@@ -207,6 +209,36 @@ def test_a_language_model_has_the_names_of_a_checkpoint_that_also_sees(tmp_path:
     assert sent.keys() == {key for key in written if not re.search("vis|multi_modal", key)}
     for key, value in sent.items():
         assert torch.equal(value, written[key]) and tuple(value.shape) == parameters.saved_shapes[key]
+
+
+class Seeing(torch.nn.Module):
+    """A vLLM model that holds a language model, by the methods and attributes of its that are used."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(tie_word_embeddings=not tied))
+        self.packed: list[torch.nn.Module] = []
+        language_model = torch.nn.Module()
+        language_model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(tie_word_embeddings=tied))
+        language_model.logits_processor = torch.nn.Identity()
+        language_model.lm_head = torch.nn.Identity()
+        language_model.lm_head.quant_method = SimpleNamespace(process_weights_after_loading=self.packed.append)
+        self.language_model = language_model
+
+    def get_language_model(self) -> torch.nn.Module:
+        return self.language_model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_model_that_sees_the_head_of_the_language_model_is_meant(tied: bool) -> None:
+    model = Seeing(tied)
+    renew_packed(model)
+    assert model.packed == [model.language_model.lm_head] * tied
+    logits = torch.zeros(2, 5)
+    hiding = hide_tokens(model, 3)
+    assert model.language_model.logits_processor(logits.clone()).isinf().sum(1).tolist() == [2, 2]
+    hiding.remove()
+    assert model.language_model.logits_processor(logits).isfinite().all()
 
 
 def test_a_language_model_that_is_not_found_in_its_checkpoint_is_refused() -> None:

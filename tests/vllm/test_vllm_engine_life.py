@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,12 +316,21 @@ def test_settings_are_all_checked_at_once() -> None:
 def test_expandable_segments_are_not_shared_between_ranks(
     variable: str, setting: str, ranks: int, own: dict[str, Any], plain: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an engine that is not started: its arguments on a GPU."""
     monkeypatch.setenv(variable, setting)
-    engine = VLLMEngine(tensor_parallel_size=ranks, engine_args=own)
-    engine._on_cpu, engine._max_model_len = False, 64
-    arguments = engine._arguments(EngineContext("policy", TOKENIZER, "cuda", "bfloat16", ()))
+    arguments = arguments_on_a_gpu(tensor_parallel_size=ranks, engine_args=own)
     assert arguments.get("disable_custom_all_reduce") is plain
+
+
+def arguments_on_a_gpu(language_model_only: bool = False, **settings: Any) -> dict[str, Any]:
+    engine = VLLMEngine(**settings)
+    engine._on_cpu, engine._max_model_len = False, 64
+    engine._parameters = SimpleNamespace(language_model_only=language_model_only)
+    return engine._arguments(EngineContext("policy", TOKENIZER, "cuda", "bfloat16", ()))
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_an_encoder_of_images_is_not_loaded_beside_a_language_model(part: bool) -> None:
+    assert arguments_on_a_gpu(part).get("language_model_only", False) is part
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "ieee"), ("tf32", "tf32")])
