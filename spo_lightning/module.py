@@ -203,8 +203,8 @@ class SPOModule(LightningModule):
             policy = load_policy(self.policy_config, reads, self.seed, sharded)
             default = packs_by_default(self.policy_config.attn_implementation, policy.model)
             self.packed = default if self.padding_free is None else self.padding_free
-            if self.packed and reads:
-                require_kept_apart(policy.model)
+            if self.packed and strategy is not None:  # an export packs nothing
+                require_kept_apart(policy.model, weights=reads)
         self.policy: torch.nn.Module = policy
         if strategy is not None:
             self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)

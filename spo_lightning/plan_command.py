@@ -199,6 +199,11 @@ def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
             f"data.max_prompt_tokens + sampling.max_tokens, with what tools may add, is {longest}, more than "
             f"micro_batch_tokens={bound}; raise model.micro_batch_tokens or lower one of them"
         )
+    if settings.padding_free and not _packs(settings.policy):
+        raise ConfigError(
+            f"model.padding_free is true; the planner knows that with flash attention alone, not with "
+            f"{settings.policy.attn_implementation}, and with layers of attention alone"
+        )
     width = min(longest, max(1, bound // 2))
     packed = settings.padding_free is not False and _packs(settings.policy)
     shape = (1, bound, False) if packed else (bound // width, width, True)

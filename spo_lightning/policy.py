@@ -27,7 +27,7 @@ class PolicyConfig:
         dtype: dtype of the parameters; float32 with ``trainer.precision: bf16-mixed`` keeps full-precision master
             weights. With LoRA that of the frozen ones, which bfloat16 halves.
         attn_implementation: attention of Transformers ("sdpa", "flash_attention_2", "eager"). With "sdpa" no layer but
-            attention computes padding; with flash attention none does.
+            attention computes padding; with flash attention none does (see ``padding_free``).
         gradient_checkpointing: recompute activations in the backward pass, trading time for memory.
         compile: compile each decoder layer with ``torch.compile`` for any batch size and length; layers of one kind
             share what is compiled. Costs a minute or so at the start.

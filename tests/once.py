@@ -14,8 +14,11 @@ def once(factory: pytest.TempPathFactory, name: str, work: Callable[[Path], obje
     """A new folder in which ``work`` has been done, the same for every parallel worker of a test session."""
     base = factory.getbasetemp()
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = path / "done"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             path.mkdir()
             work(path)
+            done.touch()
+    assert done.exists(), f"the work in {path} failed, in the test that came first"
     return path

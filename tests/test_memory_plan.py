@@ -7,7 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from jsonargparse import Namespace
+from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
@@ -639,7 +641,10 @@ def test_more_ranks_or_a_larger_share_help_weights_that_do_not_fit(spo_plan):
     assert texts == ["tensor_parallel_size: 2", "gpu_memory_utilization: 0.64"]
 
 
-def test_of_layers_that_are_not_attention_keys_and_values_are_not_counted_and_packing_is_not_planned(spo_plan):
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"), reason="convolutions cache what torch cannot follow"
+)
+def test_of_layers_that_are_not_attention_keys_and_values_are_not_counted_and_packing_is_not_planned(spo_plan, capsys):
     """Two layers, one of them a convolution; and only vLLM runs such a model."""
     folder = spo_plan.folder
     make_model(folder, "lfm2", max_positions=512, num_heads=4, num_kv_heads=2, hidden_size=32)
@@ -647,8 +652,13 @@ def test_of_layers_that_are_not_attention_keys_and_values_are_not_counted_and_pa
     output = spo_plan(VLLM, packed, "--model.engine.kv_cache_memory_bytes=1048576")
     assert f"vLLM's cache holds at most {2**20 // (2 * 2 * 8 * 4):,} tokens" in output
     assert "each request holds a state of the layers that are not attention" in output
-    with pytest.raises(SystemExit):
-        spo_plan()
+    for arguments, message in (
+        ([], "TransformersEngine cannot run Lfm2ForCausalLM"),
+        ([VLLM, packed, "--model.padding_free=true"], "the planner knows that with flash attention alone"),
+    ):
+        with pytest.raises(SystemExit):
+            spo_plan(*arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_the_largest_micro_batch_is_padded_unless_sequences_are_packed(spo_plan, monkeypatch):

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from spo_lightning.packing import remembers_beside_attention
+
 FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # since Transformers 5.24, and before
 MIN_SPARE_COLUMNS = 64  # tokens that fit before the next reallocation; wide caches get a quarter of their width
@@ -38,8 +40,8 @@ def require_full_attention(model: PreTrainedModel) -> None:
     if not any(name in known for name in CACHE_ARGUMENTS):
         missing.append(" or ".join(CACHE_ARGUMENTS))
     problems = [f"its cache has layers of type {name}" for name in sorted(k.__name__ for k in kinds - {DynamicLayer})]
-    if model._is_stateful:
-        problems.append("it keeps a recurrent state")
+    if remembers_beside_attention(model):
+        problems.append("layers of it are recurrent or convolutional")
     if missing:
         problems.append(f"its forward takes no {', '.join(missing)}")
     if problems:

@@ -103,12 +103,10 @@ def _whole_model(part: Any, config: PretrainedConfig, architecture: str) -> tupl
     whole_class = getattr(transformers, architecture, None)
     if whole_class is not None:
         whole = unloaded_model(config, whole_class)
-        shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        shapes, parts = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (whole, part))
         for layers, ours in ((part, ""), (part.base_model, f"{part.base_model_prefix}.")):  # its head within, or beside
-            for name, module in whole.named_modules():
-                theirs = f"{name}."
-                renamed = {_with_prefix(key, ours, theirs): tensor.shape for key, tensor in part.state_dict().items()}
-                if type(module) is type(layers) and renamed.items() <= shapes.items():
+            for theirs in (f"{name}." for name, module in whole.named_modules() if type(module) is type(layers)):
+                if {_with_prefix(name, ours, theirs): shape for name, shape in parts.items()}.items() <= shapes.items():
                     return whole, (ours, theirs)
     raise ConfigError(
         f"the policy is a {type(part).__name__}, a part of the checkpoint's {architecture}, in which it cannot be "
