@@ -88,8 +88,8 @@ def renew_packed(model: nn.Module) -> None:
     """Pack again what a CPU engine packs for its kernels, where a reload of vLLM does not: a tied head, and experts.
 
     Without it, log-probabilities were off by 0.45 on average with a tied head, by up to 6 with experts, silently. That
-    is how vLLM 0.32 reloads. After a push that broke off, what was not reloaded is packed twice; the next whole push
-    mends it.
+    is how vLLM 0.32 reloads; 0.27 packs experts itself. After a push that broke off, what was not reloaded is packed
+    twice; the next whole push mends it.
     """
     language_model = _language_model(model)
     config: Any = language_model.config
@@ -98,7 +98,8 @@ def renew_packed(model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
-        if type(method).__name__ == "UnquantizedFusedMoEMethod" and next(layer.parameters()).device.type == "cpu":
+        experts = type(method).__name__ == "UnquantizedFusedMoEMethod" and method.moe_kernel is not None
+        if experts and next(layer.parameters()).device.type == "cpu":
             method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
