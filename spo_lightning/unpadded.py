@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spo_lightning.attention import attend
+from spo_lightning.packing import remembers_beside_attention
 
 UNPADDED = "sdpa_unpadded"
 
@@ -76,7 +77,7 @@ def use_unpadded(model: Any) -> None:
     Only if every layer is causal, attends to the whole context and, by its source, hands on to its attention what it
     does not know; other models keep theirs, and their padding.
     """
-    if model.config._attn_implementation != "sdpa" or model._is_stateful:
+    if model.config._attn_implementation != "sdpa" or remembers_beside_attention(model):
         return
     caches = DynamicCache(config=model.config).layers
     names = set(model._no_split_modules or ())

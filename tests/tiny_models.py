@@ -52,9 +52,9 @@ def make_model(
 
     Args:
         folder: where to save.
-        architecture: "qwen3", "llama"; with experts "qwen3_moe", "mixtral" or "glm4_moe", whose last has a buffer that
-            is saved, by which it chooses its experts; "qwen3_5", half of whose layers are recurrent, or "lfm2", half of
-            whose are convolutions.
+        architecture: "qwen3" or "llama"; with experts "qwen3_moe", "mixtral" or "glm4_moe", of which the last has a
+            buffer that is saved, by which it chooses its experts; "qwen3_5", half of whose layers are recurrent, or
+            "lfm2", half of whose are convolutions.
         tied: whether the output projection is the embedding.
         vocab_size: may exceed the tokenizer's, as padded vocabularies do.
         hidden_size: width of the residual stream; heads have ``hidden_size / num_heads`` channels.
@@ -71,14 +71,10 @@ def make_model(
         "layer_types": ["linear_attention", "full_attention"] * (num_layers // 2),
         "linear_num_key_heads": num_kv_heads,
         "linear_num_value_heads": num_heads,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
+        "linear_key_head_dim": hidden_size // num_heads,
+        "linear_value_head_dim": hidden_size // num_heads,
     }
-    convolutional = {
-        "layer_types": ["conv", "full_attention"] * (num_layers // 2),
-        "conv_dim": hidden_size,  # for vLLM, as the next
-        "block_dim": hidden_size,
-    }
+    convolutional = {"layer_types": ["conv", "full_attention"] * (num_layers // 2)}
     name, further = {
         "qwen3": ("Qwen3", {}),
         "llama": ("Llama", {}),
@@ -86,7 +82,6 @@ def make_model(
         "mixtral": ("Mixtral", {"num_local_experts": 4}),
         "glm4_moe": ("Glm4Moe", glm4_experts),
         "qwen3_5": ("Qwen3_5", recurrent),
-        "qwen3_next": ("Qwen3Next", recurrent | qwen3_experts | {"shared_expert_intermediate_size": hidden_size}),
         "lfm2": ("Lfm2", convolutional),
     }[architecture]
     model_class = getattr(transformers, f"{name}ForCausalLM")
