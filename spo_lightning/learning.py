@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
-from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, OffPolicyCorrection
 from spo_lightning.experience import Experience
-from spo_lightning.generation import Score
 from spo_lightning.iteration_metrics import learning_metrics, mismatch_metrics
+from spo_lightning.learner import accumulate_gradient
 from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows
 from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.seeding import SeedStream, derive_seed
-from spo_lightning.stages import StageTimer
-from spo_lightning.types import Outcome, PromptBatch, SamplingParams
+from spo_lightning.sharding import clip_gradient, gradient_norm
+from spo_lightning.types import Outcome, PromptBatch
 
-Update = Callable[[Experience, Sequence[Sequence[int]], dict[int, Tensor], int], dict[str, float]]
+if TYPE_CHECKING:
+    from spo_lightning.module import SPOModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,107 +41,156 @@ class Learned:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Learning:
-    """Scores what must be, updates the policy, and tells what came of it.
+def learn(module: SPOModule, batch: PromptBatch, collected: CollectedBatch, exact: bool) -> Learned:
+    """Score what must be, update the policy, and tell what came of it.
 
-    Attributes:
-        score: log-probabilities under the present policy; see ``learner.score``.
-        update: takes the optimiser steps; see ``PolicyUpdate``.
-        stages: times both.
-        advantage, correction, old_logprobs, drift, drift_max_tokens, sampling, num_minibatches, seed: as ``SPOModule``
-            has them.
+    Where every completion is undecided or discarded, the tracker alone learns.
+
+    Args:
+        module: its policy learns, by its settings.
+        batch: as drawn.
+        collected: its completions.
+        exact: whether engine and trainer agree to float32 rounding.
     """
+    rollouts = collected.rollouts
+    previous = PreviousCompletions.of([rollouts[row] for row in decided_rows(rollouts)], batch.previous)
+    if collected.learned:
+        return _learn(module, batch.iteration, collected, previous, exact)
+    with module.stages("score"):
+        drifts = previous.drifts(module.drift, module.score(previous.sequences))
+    outcome = _outcome(collected, {}, drifts, module.drift_max_tokens)
+    return Learned(outcome, torch.empty(0, dtype=torch.float64), {})
 
-    score: Score
-    update: Update
-    stages: StageTimer
-    advantage: AdvantageEstimator
-    correction: OffPolicyCorrection | None
-    old_logprobs: Literal["auto", "trainer", "engine"]
-    drift: DriftEstimator
-    drift_max_tokens: int
-    sampling: SamplingParams
-    num_minibatches: int
-    seed: int
 
-    def __call__(self, batch: PromptBatch, collected: CollectedBatch, exact: bool) -> Learned:
-        """Learn from a batch; where every completion is undecided or discarded, the tracker alone does.
+def _learn(
+    module: SPOModule, iteration: int, collected: CollectedBatch, previous: PreviousCompletions, exact: bool
+) -> Learned:
+    """Score and update.
 
-        Args:
-            batch: as drawn.
-            collected: its completions.
-            exact: whether engine and trainer agree to float32 rounding.
-        """
-        rollouts = collected.rollouts
-        previous = PreviousCompletions.of([rollouts[row] for row in decided_rows(rollouts)], batch.previous)
-        if collected.learned:
-            return self._learn(batch.iteration, collected, previous, exact)
-        with self.stages("score"):
-            drifts = previous.drifts(self.drift, self.score(previous.sequences))
-        return Learned(self._outcome(collected, {}, drifts), torch.empty(0, dtype=torch.float64), {})
+    A row's old log-probabilities are the engine's, or those of its own pass in the first mini-batch, whose ratio is 1,
+    or else they are scored before the update.
+    """
+    rows = collected.learned
+    rollouts, baseline = [collected.rollouts[row] for row in rows], collected.baseline[rows]
+    experience = build_experience(rollouts, baseline, collected.group[rows], module.advantage)
+    minibatches = _minibatches(module, len(experience), iteration)
+    fresh = [rollout.completion.first_version == iteration for rollout in rollouts]
+    engines = _rows_of_engine(module, minibatches, fresh, exact)
+    later = [row for part in minibatches[1:] for row in part if row not in engines]
+    with module.stages("score"):
+        scored = module.score([*(experience.sequences[row] for row in later), *previous.sequences])
+    drifts = previous.drifts(module.drift, scored[len(later) :])
+    known = {row: experience.sampling_logprobs[row] for row in engines} | dict(zip(later, scored, strict=False))
+    with module.stages("update"):
+        metrics, own = _update(module, experience, minibatches, known, iteration)
+    ordered = [(known | own)[row] for row in range(len(experience))]
+    outcome = _outcome(collected, dict(zip(rows, ordered, strict=True)), drifts, module.drift_max_tokens)
+    reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
+    metrics |= learning_metrics(reward, baseline, experience.advantages)
+    trainers = [row for row in range(len(experience)) if row not in engines]
+    if trainers:
+        sampling = [experience.sampling_logprobs[row] for row in trainers]
+        equal = sum(len(ordered[row]) for row in engines)
+        metrics |= mismatch_metrics([ordered[row] for row in trainers], sampling, module.correction, equal)
+    return Learned(outcome, experience.advantages, metrics)
 
-    def _learn(self, iteration: int, collected: CollectedBatch, previous: PreviousCompletions, exact: bool) -> Learned:
-        """Score and update; the first mini-batch's ratio is 1, and its own pass gives its old log-probabilities."""
-        rows = collected.learned
-        rollouts, baseline = [collected.rollouts[row] for row in rows], collected.baseline[rows]
-        experience = build_experience(rollouts, baseline, collected.group[rows], self.advantage)
-        minibatches = self._minibatches(len(experience), iteration)
-        fresh = [rollout.completion.first_version == iteration for rollout in rollouts]
-        engines = self._rows_of_engine(minibatches, fresh, exact)
-        old_logprobs = {row: experience.sampling_logprobs[row] for row in engines}
-        later = [row for part in minibatches[1:] for row in part if row not in engines]
-        with self.stages("score"):
-            scored = self.score([*(experience.sequences[row] for row in later), *previous.sequences])
-        drifts = previous.drifts(self.drift, scored[len(later) :])
-        old_logprobs |= dict(zip(later, scored, strict=False))
-        with self.stages("update"):
-            metrics = self.update(experience, minibatches, old_logprobs, iteration)
-        ordered = [old_logprobs[row] for row in range(len(experience))]
-        outcome = self._outcome(collected, dict(zip(rows, ordered, strict=True)), drifts)
-        reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
-        metrics |= learning_metrics(reward, baseline, experience.advantages)
-        own = [row for row in range(len(experience)) if row not in engines]
-        if own:
-            sampling = [experience.sampling_logprobs[row] for row in own]
-            equal = sum(len(ordered[row]) for row in engines)
-            metrics |= mismatch_metrics([ordered[row] for row in own], sampling, self.correction, equal)
-        return Learned(outcome, experience.advantages, metrics)
 
-    def _rows_of_engine(self, minibatches: list[list[int]], fresh: list[bool], exact: bool) -> set[int]:
-        """Rows whose old log-probabilities are those of the engine.
+def _minibatches(module: SPOModule, count: int, iteration: int) -> list[list[int]]:
+    """Rows of each optimiser step, drawn alike on every rank."""
+    generator = torch.Generator().manual_seed(derive_seed(module.seed, SeedStream.MINIBATCH, iteration))
+    order = torch.randperm(count, generator=generator)
+    return [rows.tolist() for rows in order.tensor_split(min(module.num_minibatches, count))]
 
-        Args:
-            minibatches: rows of each optimiser step.
-            fresh: by row, whether the present weights sampled the whole completion.
-            exact: whether engine and trainer agree to float32 rounding.
-        """
-        if self.old_logprobs == "engine":
-            return {row for part in minibatches for row in part}
-        if self.old_logprobs == "trainer" or not exact or self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            return set()
-        return {row for part in minibatches[1:] for row in part if fresh[row]}
 
-    def _outcome(
-        self, collected: CollectedBatch, old_logprobs: Mapping[int, Tensor], drifts: dict[int, float]
-    ) -> Outcome:
-        """What the tracker and the history learn, also from what is discarded: values from kept groups would be biased.
+def _rows_of_engine(module: SPOModule, minibatches: list[list[int]], fresh: list[bool], exact: bool) -> set[int]:
+    """Rows whose old log-probabilities are those of the engine.
 
-        Args:
-            collected: with N decided completions.
-            old_logprobs: by row; those that were discarded have none and keep the engine's.
-            drifts: D(x) by prompt index.
-        """
-        rollouts = collected.rollouts
-        completions = {row: rollouts[row].completion for row in decided_rows(rollouts)}
-        logprobs = [
-            old_logprobs[row] if row in old_logprobs else completion.sampling_logprobs[completion.completion_mask]
-            for row, completion in completions.items()
-        ]
-        return build_outcome(rollouts, logprobs, drifts, self.drift_max_tokens, collected.ended)
+    Args:
+        module: says how completions are sampled, and where old log-probabilities come from.
+        minibatches: rows of each optimiser step.
+        fresh: by row, whether the present weights sampled the whole completion.
+        exact: whether engine and trainer agree to float32 rounding.
+    """
+    if module.old_logprobs == "engine":
+        return {row for part in minibatches for row in part}
+    if module.old_logprobs == "trainer" or not exact or module.sampling.top_p < 1 or module.sampling.top_k > 0:
+        return set()
+    return {row for part in minibatches[1:] for row in part if fresh[row]}
 
-    def _minibatches(self, count: int, iteration: int) -> list[list[int]]:
-        """Rows of each optimiser step, drawn alike on every rank."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, SeedStream.MINIBATCH, iteration))
-        order = torch.randperm(count, generator=generator)
-        return [rows.tolist() for rows in order.tensor_split(min(self.num_minibatches, count))]
+
+def _update(
+    module: SPOModule,
+    experience: Experience,
+    minibatches: Sequence[Sequence[int]],
+    known: Mapping[int, Tensor],
+    iteration: int,
+) -> tuple[dict[str, float], dict[int, Tensor]]:
+    """Take an optimiser step a mini-batch.
+
+    Args:
+        module: its policy is updated.
+        experience: of the iteration.
+        minibatches: rows of each step.
+        known: row to (S_i,) old log-probabilities; of a mini-batch all rows or none.
+        iteration: named in the dumps of mini-batches that were not finite.
+
+    Returns:
+        Metrics, means over the steps taken; and the old log-probabilities of the other rows, of their own pass.
+    """
+    optimizer = cast(LightningOptimizer, module.optimizers())
+    scheduler = cast(LRScheduler | None, module.lr_schedulers())
+    folder = Path(module.trainer.default_root_dir) / "nonfinite"
+    taken: dict[str, list[float]] = defaultdict(list)
+    own: dict[int, Tensor] = {}
+    for step, rows in enumerate(minibatches):
+        minibatch = experience.select(rows)
+        if rows[0] in known:
+            minibatch = replace(minibatch, old_logprobs=tuple(known[row] for row in rows))
+        optimizer.zero_grad()
+        metrics, old = accumulate_gradient(
+            module.policy,
+            module.loss,
+            minibatch,
+            module.micro_batching,
+            module.ranks,
+            module.add_gradient,
+            module.correction,
+        )
+        if rows[0] not in known:
+            own.update(zip(rows, old, strict=True))
+        norm = gradient_norm(module.policy)
+        metrics["policy/grad_norm"] = norm
+        metrics["optimizer/lr"] = optimizer.param_groups[0]["lr"]
+        dump = folder / f"iteration-{iteration:06d}-step-{step:02d}.pt"
+        minibatch = replace(minibatch, old_logprobs=old)
+        if module.guard.admit(metrics["policy/loss"], norm, module.policy, minibatch, dump, module.ranks):
+            if module.max_grad_norm is not None:
+                clip_gradient(module.policy, module.max_grad_norm, norm)
+            optimizer.step()
+            for key, value in metrics.items():
+                taken[key].append(value)
+            if scheduler is not None:
+                scheduler.step()
+    optimizer.zero_grad()
+    means = {key: sum(values) / len(values) for key, values in taken.items()}
+    return {**means, "policy/skipped_steps": float(module.guard.skipped)}, own
+
+
+def _outcome(
+    collected: CollectedBatch, old_logprobs: Mapping[int, Tensor], drifts: dict[int, float], max_tokens: int
+) -> Outcome:
+    """What the tracker and the history learn, also from what is discarded: values from kept groups would be biased.
+
+    Args:
+        collected: with N decided completions.
+        old_logprobs: by row; those that were discarded have none and keep the engine's.
+        drifts: D(x) by prompt index.
+        max_tokens: see ``build_outcome``.
+    """
+    rollouts = collected.rollouts
+    completions = {row: rollouts[row].completion for row in decided_rows(rollouts)}
+    logprobs = [
+        old_logprobs[row] if row in old_logprobs else completion.sampling_logprobs[completion.completion_mask]
+        for row, completion in completions.items()
+    ]
+    return build_outcome(rollouts, logprobs, drifts, max_tokens, collected.ended)

@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spo_lightning.algorithms import (
     AdvantageEstimator,
@@ -36,7 +36,7 @@ from spo_lightning.defaults import lazy
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkResult, Evaluation, interval_metrics
-from spo_lightning.experience import Experience, TokenSequence
+from spo_lightning.experience import TokenSequence
 from spo_lightning.generation import Generation
 from spo_lightning.generation_files import GenerationSettings, answered_folder
 from spo_lightning.intervals import estimate
@@ -49,13 +49,12 @@ from spo_lightning.iteration_metrics import (
     tool_metrics,
 )
 from spo_lightning.learner import score
-from spo_lightning.learning import Learning
+from spo_lightning.learning import learn
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.packing import packs_by_default, require_kept_apart
 from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
-from spo_lightning.policy_update import PolicyUpdate
 from spo_lightning.preparation import decided_rows
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.collection import Collection
@@ -358,7 +357,7 @@ class SPOModule(LightningModule):
             metrics |= self.generation.take_tool_statistics().metrics(tool.name for tool in self.tool_use.tools)
         decided = decided_rows(rollouts)
         exact = self._computes_alike and metrics.get("sampling/push_difference", float("inf")) <= EXACT
-        learned = self._learning()(batch, collected, exact)
+        learned = learn(self, batch, collected, exact)
         metrics |= learned.metrics
         if collected.learned:
             self.policy_version = batch.iteration + 1
@@ -377,48 +376,11 @@ class SPOModule(LightningModule):
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
         return {"outcome": learned.outcome, "records": records}
 
-    def _learning(self) -> Learning:
-        return Learning(
-            score=self.score,
-            update=self._update,
-            stages=self.stages,
-            advantage=self.advantage,
-            correction=self.correction,
-            old_logprobs=self.old_logprobs,
-            drift=self.drift,
-            drift_max_tokens=self.drift_max_tokens,
-            sampling=self.sampling,
-            num_minibatches=self.num_minibatches,
-            seed=self.seed,
-        )
-
     def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Log-probability of every sampled token under the present policy; see ``learner.score``."""
         return score(self.policy, sequences, self.micro_batching, self.ranks)
 
-    def _update(
-        self,
-        experience: Experience,
-        minibatches: Sequence[Sequence[int]],
-        old_logprobs: dict[int, Tensor],
-        iteration: int,
-    ) -> dict[str, float]:
-        update = PolicyUpdate(
-            self.policy,
-            self.loss,
-            self.correction,
-            self.micro_batching,
-            self.ranks,
-            self.guard,
-            self.max_grad_norm,
-            self._backward,
-            Path(self.trainer.default_root_dir) / "nonfinite",
-        )
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        scheduler = cast(LRScheduler | None, self.lr_schedulers())
-        return update(experience, minibatches, old_logprobs, optimizer, scheduler, iteration)
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
+    def add_gradient(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient; under DDP the ranks meet at the last one only."""
         model = self.trainer.model
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,21 +129,21 @@ class Kept(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.collected: list[CollectedBatch] = []
-        self.updated: list[int] = []
+        self.updated: Counter[int] = Counter()  # by iteration
         self.left: list[int] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        collect, update = module.generation.collect, module._update
+        collect, admit = module.generation.collect, module.guard.admit
 
         def kept(batch: PromptBatch) -> CollectedBatch:
             self.collected.append(collect(batch))
             return self.collected[-1]
 
-        def counted(experience: Any, *rest: Any) -> Any:
-            self.updated.append(len(experience))
-            return update(experience, *rest)
+        def counted(loss: float, norm: float, policy: Any, minibatch: Any, *rest: Any) -> bool:
+            self.updated[len(self.collected)] += len(minibatch)
+            return admit(loss, norm, policy, minibatch, *rest)
 
-        module.generation.collect, module._update = kept, counted
+        module.generation.collect, module.guard.admit = kept, counted
 
     def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
         super().on_train_batch_end(trainer, module, *rest)
@@ -226,7 +227,7 @@ def test_what_is_thrown_away_is_counted_and_no_group_is_lost(whole: SimpleNamesp
         assert equal.count(False) == 2 or len(equal) == 6
     assert thrown > 0 and whole.module.completions_seen == seen
     updates = [2 * (2 - int(m["collection/missing_groups"])) for m in whole.recorder.metrics]
-    assert whole.recorder.updated == [count for count in updates if count]
+    assert dict(whole.recorder.updated) == {iteration: count for iteration, count in enumerate(updates, 1) if count}
 
 
 def test_only_kept_groups_have_advantages_and_all_enter_the_tracker(whole: SimpleNamespace) -> None:

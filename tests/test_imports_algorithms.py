@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LIGHTNING_ROOMS = (
     "module.py",
     "run_checks.py",
-    "policy_update.py",
+    "learning.py",
     "data/datamodule.py",
     "callbacks/",
     "logger.py",
