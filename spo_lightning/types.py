@@ -125,8 +125,7 @@ class RolloutRequest:
         request_id: unique among the engine's open requests.
         prompt_token_ids: the context to continue; not empty.
         sampling: how to sample.
-        seed: makes this completion reproducible alone or in any batch; ``None`` takes a seed from the engine's own
-            stream.
+        seed: decides the completion, alone or in any batch; 0 or more.
         partial: what an earlier request for the same prompt has so far; this one goes on after its last token and
             gives back both parts as one completion. ``sampling.max_tokens`` bounds the sampled tokens of both together.
         urgent: goes before others that wait in an engine's queue.
@@ -136,7 +135,7 @@ class RolloutRequest:
     request_id: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    seed: int | None = None
+    seed: int
     partial: Completion | None = None
     urgent: bool = False
     use_tools: bool = True

@@ -79,8 +79,8 @@ async def drain(pool: ServerPool) -> list[Completion]:
 
 
 def ask(pool: ServerPool, ids: Iterable[int], tokens: int = 1000, prompt: int = 2, urgent: bool = False) -> None:
-    requests = [RolloutRequest(i, (prompt,), SamplingParams(tokens), urgent=urgent) for i in ids]
-    pool.add(FORMAT.open(request, 0) for request in requests)
+    requests = [RolloutRequest(i, (prompt,), SamplingParams(tokens), i, urgent=urgent) for i in ids]
+    pool.add(FORMAT.open(request) for request in requests)
 
 
 def target(folder: Path, weights: int, push: int = 1) -> Target:
@@ -406,7 +406,7 @@ def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp
             torch.nn.init.constant_(model.model.norm.weight, value)
             engines[0].update_weights(model.named_parameters(), 3)
         assert server.loaded == [7, 8] and server.keys == {"Bearer secret"}
-        engines[0].submit([RolloutRequest(0, (2,), SamplingParams(5))])
+        engines[0].submit([RolloutRequest(0, (2,), SamplingParams(5), 0)])
         (completion,) = engines[0].step() or engines[0].step()
         assert sampled(completion) == [(8, 3)]
         with pytest.raises(RuntimeError, match="is in use by another run; give each run a folder of its own"):

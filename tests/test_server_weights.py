@@ -389,7 +389,7 @@ FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1, 7}), 100)
 
 
 def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() -> None:
-    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10, 0.7, 0.9, 5)), 11)
+    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10, 0.7, 0.9, 5), 11))
     for token in (4, 5, 6):
         assert row.append(token, -1.0, 8, FORMAT.eos_token_ids) is None
     body = FORMAT.body(row)
@@ -398,19 +398,19 @@ def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() ->
     expected = {"max_tokens": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0, "min_p": 0.0}
     assert {name: parameters[name] for name in expected} == expected
     assert parameters["stop_token_ids"] == [1, 7] and parameters["ignore_eos"]
-    greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5)), 11))["sampling_params"]
+    greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5), 11)))["sampling_params"]
     assert (greedy["max_tokens"], greedy["top_p"], greedy["top_k"]) == (99, 1.0, 0)
     seeds = [derive_seed(11, SeedStream.CONTINUATION, sampled) for sampled in (3, 0)]
     assert [parameters["seed"], greedy["seed"]] == seeds and seeds[0] != seeds[1]
 
 
 def test_a_cut_request_has_the_leading_tokens_and_goes_on_from_them() -> None:
-    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10)), 11)
+    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10), 11))
     for token, version in ((4, 1), (5, 1), (6, 2)):
         row.append(token, -float(token), version, FORMAT.eos_token_ids)
     cut = FORMAT.cut(row, 2)
     completion = cut.completion("aborted")
     assert completion.token_ids.tolist() == [4, 5] and completion.sampling_logprobs.tolist() == [-4, -5]
     assert completion.policy_versions.tolist() == [1, 1]
-    assert (cut.room, cut.seed, cut.prefix) == (8, 11, [2, 3, 4, 5])
+    assert (cut.room, cut.request.seed, cut.prefix) == (8, 11, [2, 3, 4, 5])
     assert FORMAT.cut(row, 0).prefix == [2, 3]

@@ -33,7 +33,7 @@ def play(turns: list[list[int]], use: ToolUse, **sampling: Any) -> tuple[Complet
     inner = ScriptedEngine(turns)
     engine = ToolEngine(inner, use)
     engine.start(EngineContext("", TOKENIZER, "cpu", "float32", (EOS, OTHER_EOS)))
-    engine.submit([RolloutRequest(4, PROMPT, SamplingParams(**{"max_tokens": 2000, **sampling}))])
+    engine.submit([RolloutRequest(4, PROMPT, SamplingParams(**{"max_tokens": 2000, **sampling}), 4)])
     done: list[Completion] = []
     try:
         while not done:
@@ -219,7 +219,7 @@ def test_a_user_s_stop_string_may_end_a_turn_with_a_call() -> None:
     engine = ToolEngine(inner, use)
     engine.start(EngineContext("", TOKENIZER, "cpu", "float32", (EOS,)))
     sampling = SamplingParams(max_tokens=500, stop=("</tool_call>",))
-    engine.submit([RolloutRequest(4, PROMPT, sampling, partial=partial)])
+    engine.submit([RolloutRequest(4, PROMPT, sampling, 4, partial)])
     assert inner.asked == []
     done: list[Completion] = []
     while not done:
@@ -271,7 +271,7 @@ def test_a_call_that_no_limit_allows_is_the_end_wherever_it_is_asked_for() -> No
     for limit, reason in ((len(turn), "length"), (len(turn) + 1, "aborted")):
         engine = ToolEngine(ScriptedEngine([turn, turn]), ToolUse([Echo()], ChatTemplateCalls()))
         engine.start(EngineContext("", TOKENIZER, "cpu", "float32", (EOS,)))
-        engine.submit([RolloutRequest(4, PROMPT, SamplingParams(max_tokens=limit))])
+        engine.submit([RolloutRequest(4, PROMPT, SamplingParams(max_tokens=limit), 4)])
         assert engine.partials()[0].finish_reason == reason
         assert engine.abort([4])[0].finish_reason == reason
         engine.close()

@@ -80,9 +80,9 @@ class SimulatedEngine(RolloutEngine):
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """See ``RolloutEngine``."""
-        seeds = [-1 if request.seed is None else request.seed for request in requests]
-        fresh = self.latency.at(np.array([uniform(seed) for seed in seeds])).tolist()
-        for request, seed, seconds in zip(requests, seeds, fresh, strict=True):
+        fresh = self.latency.at(np.array([uniform(request.seed) for request in requests])).tolist()
+        for request, seconds in zip(requests, fresh, strict=True):
+            seed = request.seed
             if seed not in self._aborted:
                 self.drawn.append(seconds)
             full, remaining = self._aborted.pop(seed, (seconds, seconds))

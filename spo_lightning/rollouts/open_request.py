@@ -17,16 +17,14 @@ class OpenRequest:
     """A request and the tokens of its completion so far; a partial completion's tokens come first.
 
     Args:
-        request: as submitted.
-        seed: of this completion's own stream of uniform numbers, one a sampled token, so that its tokens depend neither
-            on the batch it runs in nor on interruptions.
+        request: as submitted. Its seed is that of the completion's own stream of uniform numbers, one a sampled token,
+            so that its tokens depend neither on the batch it runs in nor on interruptions.
         max_model_len: most tokens of prompt and completion together.
         tokenizer: decodes the completion.
     """
 
-    def __init__(self, request: RolloutRequest, seed: int, max_model_len: int, tokenizer: Any) -> None:
+    def __init__(self, request: RolloutRequest, max_model_len: int, tokenizer: Any) -> None:
         self.request = request
-        self.seed = seed
         self.token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._mask: list[bool] = []
@@ -37,7 +35,7 @@ class OpenRequest:
             self._mask = request.partial.completion_mask.tolist()
             self._versions = request.partial.policy_versions.tolist()
         self.num_sampled = sum(self._mask)
-        self._random = random.Random(seed)
+        self._random = random.Random(request.seed)
         for _ in range(self.num_sampled):
             self._random.random()
         self._max_model_len = max_model_len
@@ -73,7 +71,7 @@ class OpenRequest:
 
         It does not matter why the request was interrupted, only after how many tokens.
         """
-        return derive_seed(self.seed, SeedStream.CONTINUATION, self.num_sampled)
+        return derive_seed(self.request.seed, SeedStream.CONTINUATION, self.num_sampled)
 
     def next_uniform(self) -> float:
         """The uniform number in [0, 1) that decides the next token."""

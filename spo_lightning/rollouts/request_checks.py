@@ -65,7 +65,7 @@ def check_requests(
                 f"model length {max_model_len}, so shorten the prompt or raise max_model_len"
             )
         problems += _partial_problems(name, request)
-        if request.seed is not None and request.seed < 0:
+        if request.seed < 0:
             problems.append(f"{name} has seed {request.seed}; it must be 0 or more")
     if problems:
         raise ValueError("requests refused, none was queued: " + "; ".join(problems))

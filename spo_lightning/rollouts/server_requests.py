@@ -23,9 +23,9 @@ class RequestFormat:
     eos_token_ids: frozenset[int]
     max_model_len: int
 
-    def open(self, request: RolloutRequest, seed: int) -> OpenRequest:
+    def open(self, request: RolloutRequest) -> OpenRequest:
         """A request as submitted."""
-        return OpenRequest(request, seed, self.max_model_len, self.tokenizer)
+        return OpenRequest(request, self.max_model_len, self.tokenizer)
 
     def cut(self, row: OpenRequest, length: int) -> OpenRequest:
         """An open request with only the first ``length`` tokens of its completion."""
@@ -37,7 +37,7 @@ class RequestFormat:
             completion_mask=whole.completion_mask[:length],
             policy_versions=whole.policy_versions[:length],
         )
-        return self.open(replace(row.request, partial=kept), row.seed)
+        return self.open(replace(row.request, partial=kept))
 
     def body(self, row: OpenRequest) -> dict[str, Any]:
         """What to send for the rest of an open request.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ REFILL_FRACTION = 0.25  # part of the batch that must be free before queued rows
 class TransformersEngine(RolloutEngine):
     """Generates completions with its own copy of the policy in ``transformers``; implements ``RolloutEngine``.
 
-    A request with a seed gets the same completion alone, in any batch, and over interruptions (``sleep``, or ``abort``
+    A request gets the same completion alone, in any batch, and over interruptions (``sleep``, or ``abort``
     and a new request that goes on from what it gave), up to rounding of the logits: batches of different shapes round
     differently, which changes a token when its uniform number falls within that rounding of a boundary. Until the first
     push the model holds the weights of ``EngineContext.model_path`` as version 0.
@@ -39,7 +39,6 @@ class TransformersEngine(RolloutEngine):
     Args:
         max_batch_size: most rows generated together. Bounds the memory of the key-value cache together with their
             lengths.
-        seed: of the stream that seeds requests which bring no seed.
         attn_implementation: attention of the engine's model: "sdpa", "eager", or another that ``transformers`` knows
             and that takes a padding mask.
         max_prefill_tokens: most tokens, padding included, in one forward pass over prompts. Bounds its activation
@@ -51,15 +50,12 @@ class TransformersEngine(RolloutEngine):
     def __init__(
         self,
         max_batch_size: int = 128,
-        seed: int = 0,
         attn_implementation: str = "sdpa",
         max_prefill_tokens: int = 16384,
     ) -> None:
         problems = []
         if max_batch_size < 1:
             problems.append(f"max_batch_size is {max_batch_size}; it must be at least 1")
-        if not 0 <= seed < 2**63:
-            problems.append(f"seed is {seed}; it must be in [0, 2**63)")
         if max_prefill_tokens < 1:
             problems.append(f"max_prefill_tokens is {max_prefill_tokens}; it must be at least 1")
         if problems:
@@ -67,7 +63,6 @@ class TransformersEngine(RolloutEngine):
         self.max_batch_size = max_batch_size
         self.attn_implementation = attn_implementation
         self.max_prefill_tokens = max_prefill_tokens
-        self._seeds = torch.Generator().manual_seed(seed)
         self._batch: RunningBatch | None = None
         self._queue: deque[OpenRequest] = deque()
         self._open: dict[int, OpenRequest] = {}
@@ -125,10 +120,7 @@ class TransformersEngine(RolloutEngine):
         self._started()
         check_requests(requests, self._open, self._max_model_len, self._embedded_tokens)
         for request in requests:
-            seed = request.seed
-            if seed is None:
-                seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
-            row = OpenRequest(request, seed, self._max_model_len, self._tokenizer)
+            row = OpenRequest(request, self._max_model_len, self._tokenizer)
             self._open[request.request_id] = row
             self._queue.append(row)
 
@@ -230,22 +222,6 @@ class TransformersEngine(RolloutEngine):
         self._queue.clear()
         self._open.clear()
         self._version, self._weights_fit, self._asleep = 0, True, False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """State of the stream that seeds requests: ``seeds``, (S,) uint8.
-
-        Raises:
-            RuntimeError: requests are open; they are not part of the state.
-        """
-        if self._open:
-            raise RuntimeError(
-                f"{self.num_open} requests are open and would be lost; step() or abort() them before saving"
-            )
-        return {"seeds": self._seeds.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
-        self._seeds.set_state(state["seeds"])
 
     def _started(self) -> RunningBatch:
         if self._batch is None:

@@ -36,7 +36,7 @@ ASLEEP = "the engine is asleep; call wake_up() before step()"
 class VLLMEngine(RolloutEngine):
     """Generates completions with vLLM; implements ``RolloutEngine``.
 
-    Until the first push the model holds the weights of ``EngineContext.model_path`` as version 0. A request with a seed
+    Until the first push the model holds the weights of ``EngineContext.model_path`` as version 0. A request
     gets the same completion alone and in any batch, up to rounding of the logits. An interruption after the n-th token
     changes how the later ones are drawn: always in the same way for one seed and n, whether a push, ``sleep``, or
     ``abort`` and a new request made it.
@@ -54,7 +54,6 @@ class VLLMEngine(RolloutEngine):
         max_model_len: most tokens of prompt and completion together; ``None`` takes the context's.
         dtype: of the weights, such as "bfloat16"; ``None`` takes the policy's.
         enforce_eager: run without compiling and without CUDA graphs. ``None``: on a CPU only.
-        seed: of the stream that seeds requests which bring no seed.
         sleep_level: 1 keeps the weights in the host's memory while asleep; 2 drops them, so that a push must follow
             ``wake_up``. On a CPU nothing is freed.
         stall_timeout_s: seconds of steps without any token, with requests open, after which ``step`` raises. A single
@@ -75,7 +74,6 @@ class VLLMEngine(RolloutEngine):
         max_model_len: int | None = None,
         dtype: str | None = None,
         enforce_eager: bool | None = None,
-        seed: int = 0,
         sleep_level: int = 1,
         stall_timeout_s: float = 600.0,
         engine_args: dict[str, Any] | None = None,
@@ -87,8 +85,6 @@ class VLLMEngine(RolloutEngine):
             problems.append(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be in (0, 1]")
         if tensor_parallel_size < 1:
             problems.append(f"tensor_parallel_size is {tensor_parallel_size}; it must be at least 1")
-        if not 0 <= seed < 2**63:
-            problems.append(f"seed is {seed}; it must be in [0, 2**63)")
         if sleep_level not in (1, 2):
             problems.append(f"sleep_level is {sleep_level}; it must be 1 or 2")
         if stall_timeout_s <= 0:
@@ -105,7 +101,6 @@ class VLLMEngine(RolloutEngine):
         self.sleep_level = sleep_level
         self.stall_timeout_s = stall_timeout_s
         self.engine_args = dict(engine_args or {})
-        self._seeds = torch.Generator().manual_seed(seed)
         self._process: VLLMProcess | None = None
         self._requests = VLLMRequests()
         self._refusal: str | None = None  # why step() would raise
@@ -153,10 +148,7 @@ class VLLMEngine(RolloutEngine):
         check_requests(requests, self._requests, self._max_model_len, self._parameters.num_embeddings)
         check_temperatures(requests)
         for request in requests:
-            seed = request.seed
-            if seed is None:
-                seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
-            self._requests.add(OpenRequest(request, seed, self._max_model_len, self._tokenizer))
+            self._requests.add(OpenRequest(request, self._max_model_len, self._tokenizer))
 
     @torch.inference_mode(False)
     def step(self) -> list[Completion]:

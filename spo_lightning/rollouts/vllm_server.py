@@ -13,9 +13,9 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ STEP_SECONDS = 0.1  # longest that step() waits for a completion; tools' results
 class VLLMServerEngine(RolloutEngine):
     """Generates completions on running vLLM servers; implements ``RolloutEngine``.
 
-    A request with a seed gets the same completion from any server, up to rounding of the logits, as long as it is not
+    A request gets the same completion from any server, up to rounding of the logits, as long as it is not
     interrupted; what is sampled after an interruption depends on the seed and on where it was interrupted. Rank 0
     pushes weights; the other ranks use a server when it says that it holds the version they were told. Servers started
     on the policy's own checkpoint serve version 0 before the first push.
@@ -62,7 +62,6 @@ class VLLMServerEngine(RolloutEngine):
         max_requests_per_server: most requests that this rank has open at one server; the others wait here. About the
             servers' ``--max-num-seqs``: rank 0 alone sends training requests. In benchmarks all ranks send, and the
             servers queue what is too much.
-        seed: of the stream that seeds requests which bring no seed.
         startup_timeout_s: longest that ``start`` waits for the servers.
         stall_timeout_s: longest that a living server may take for a small answer, and to receive 256 MiB of weights
             (or one parameter, if that is larger). One that takes longer is left out until it answers.
@@ -84,7 +83,6 @@ class VLLMServerEngine(RolloutEngine):
         weights_dtype: str | None = None,
         api_key: str | None = None,
         max_requests_per_server: int = 256,
-        seed: int = 0,
         startup_timeout_s: float = 600.0,
         stall_timeout_s: float = 120.0,
         probe_interval_s: float = 2.0,
@@ -104,8 +102,6 @@ class VLLMServerEngine(RolloutEngine):
             problems.append(f"urls is {urls}; it must name at least one server, and none twice")
         if max_requests_per_server < 1:
             problems.append(f"max_requests_per_server is {max_requests_per_server}; it must be at least 1")
-        if not 0 <= seed < 2**63:
-            problems.append(f"seed is {seed}; it must be in [0, 2**63)")
         if not 0 <= transfer_port < 2**16:
             problems.append(f"transfer_port is {transfer_port}; it must be in [0, 65535]")
         if weight_transfer not in (known := ("auto", "nccl", "gloo", "file")):
@@ -128,7 +124,6 @@ class VLLMServerEngine(RolloutEngine):
         self.probe_interval_s = probe_interval_s
         self.push_timeout_s = push_timeout_s
         self.give_up_after_s = give_up_after_s
-        self._seeds = torch.Generator().manual_seed(seed)
         self._thread: LoopThread | None = None
 
     def start(self, context: EngineContext) -> None:
@@ -166,7 +161,7 @@ class VLLMServerEngine(RolloutEngine):
         """
         thread = self._started()
         check_requests(requests, self._pool, self._limits.max_model_len, self._limits.vocab_size)
-        thread.call(self._pool.add, [self._format.open(request, self._seed_of(request)) for request in requests])
+        thread.call(self._pool.add, [self._format.open(request) for request in requests])
 
     def step(self) -> list[Completion]:
         """Wait until completions have finished, at most 0.1 s; those that have, in the order of their requests.
@@ -266,23 +261,10 @@ class VLLMServerEngine(RolloutEngine):
             self._thread = None
             self._undo.close()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """State of the stream that seeds requests: ``seeds``, (S,) uint8."""
-        return {"seeds": self._seeds.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
-        self._seeds.set_state(state["seeds"])
-
     def _started(self) -> LoopThread:
         if self._thread is None:
             raise RuntimeError("the engine is not started; call start() first")
         return self._thread
-
-    def _seed_of(self, request: RolloutRequest) -> int:
-        if request.seed is not None:
-            return request.seed
-        return int(torch.randint(2**63 - 1, (), generator=self._seeds))
 
     def _weight_transfer(self, context: EngineContext) -> WeightTransfer:
         from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer

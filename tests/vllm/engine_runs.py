@@ -48,7 +48,9 @@ def request(
     partial: Completion | None = None,
     **sampling: Any,
 ) -> RolloutRequest:
-    return RolloutRequest(number, prompt, SamplingParams(**{"max_tokens": 24, **sampling}), seed, partial)
+    return RolloutRequest(
+        number, prompt, SamplingParams(**{"max_tokens": 24, **sampling}), number if seed is None else seed, partial
+    )
 
 
 def run(engine: RolloutEngine, requests: Iterable[RolloutRequest] = ()) -> dict[int, Completion]:

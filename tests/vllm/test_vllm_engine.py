@@ -252,11 +252,6 @@ def test_more_prompt_tokens_than_one_step_takes(fresh: Policy) -> None:
     assert [len(done[i].token_ids) for i in range(16)] == [4] * 16
 
 
-def test_requests_without_a_seed_differ(fresh: Policy) -> None:
-    first, second = tokens(fresh.engine, request(0), request(1))
-    assert first != second
-
-
 def test_stop_string_across_tokens_and_an_interruption(fresh: Policy) -> None:
     free = run(fresh.engine, [request(i, PROMPTS[i], seed=i) for i in range(4)])
     text = free[2].text

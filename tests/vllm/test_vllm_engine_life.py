@@ -299,8 +299,8 @@ except Exception as error:
 
 
 def test_settings_are_all_checked_at_once() -> None:
-    with pytest.raises(ValueError, match=r"max_num_seqs is 0.*tensor_parallel_size is 0.*seed is -1.*sleep_level is 3"):
-        VLLMEngine(max_num_seqs=0, tensor_parallel_size=0, seed=-1, sleep_level=3)
+    with pytest.raises(ValueError, match=r"max_num_seqs is 0.*tensor_parallel_size is 0.*sleep_level is 3"):
+        VLLMEngine(max_num_seqs=0, tensor_parallel_size=0, sleep_level=3)
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
