@@ -98,19 +98,3 @@ def _check_ragged(name: str, values: Sequence[Tensor], lengths: Sequence[int]) -
                 f"{name}[{row}] has shape {tuple(value.shape)}; it must be ({length},), one value for each token that "
                 "the policy sampled"
             )
-
-
-def scatter_tokens(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
-    """Lay ragged per-token values out on a padded mask.
-
-    Args:
-        values: N tensors (S_i,), one value for each True of the row.
-        completion_mask: (N, T) bool.
-
-    Returns:
-        (N, T) float32, 0 where the mask is False.
-    """
-    flat = torch.cat(tuple(values)).to(completion_mask.device, torch.float32)
-    return torch.zeros(completion_mask.shape, dtype=torch.float32, device=flat.device).masked_scatter(
-        completion_mask, flat
-    )

@@ -58,7 +58,6 @@ class Outbox:
         self.path = folder / "records.jsonl"
         self.refused_path = folder / "refused.jsonl"
         self.num_kept = 0
-        self.num_refused = 0
         if self.path.exists():
             self._write(self._read())  # a killed process may have left half a line
 
@@ -127,7 +126,6 @@ class Outbox:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.refused_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "refused": reason}) + "\n")
-        self.num_refused += 1
         if not self._warned_refused:
             self._warned_refused = True
             log.warning(

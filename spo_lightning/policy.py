@@ -80,11 +80,6 @@ class Policy(nn.Module):
         super()._apply(convert, recurse)
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return self.model.device
-
     def forward(
         self,
         input_ids: Tensor,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, truncate_completion
-from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
+from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import Outcome, StoredCompletion
 
@@ -103,7 +103,7 @@ def build_outcome(
         truncate_completion(
             completion.token_ids,
             completion.completion_mask,
-            scatter_tokens([old], completion.completion_mask),
+            old,
             max_tokens,
         )
         for completion, old in zip(completions, old_logprobs, strict=True)

@@ -85,7 +85,7 @@ def test_ragged_input_is_checked(acting: Tensor, stored: Tensor, counts: Tensor,
 
 TOKENS = torch.arange(10, 18)
 MASK = torch.tensor([True, True, False, False, True, True, False, False])
-LOGPROBS = floats(-1, -2, math.nan, math.nan, -5, -6, math.nan, math.nan)
+LOGPROBS = floats(-1, -2, -5, -6)  # of the sampled tokens
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,12 @@ def test_truncation_keeps_no_hold_on_the_whole_completion() -> None:
     token_ids.zero_()
     mask.zero_()
     assert stored.token_ids.tolist() == [10, 11] and stored.completion_mask.tolist() == [True, True]
-    assert stored.token_ids.untyped_storage().nbytes() == 8 and not stored.logprobs.requires_grad
+    assert stored.token_ids.untyped_storage().nbytes() == stored.logprobs.untyped_storage().nbytes() == 8
+    assert not stored.logprobs.requires_grad
 
 
 def test_only_forced_tokens_leave_nothing() -> None:
-    stored = truncate_completion(TOKENS, torch.zeros(8, dtype=torch.bool), LOGPROBS, 5)
+    stored = truncate_completion(TOKENS, torch.zeros(8, dtype=torch.bool), LOGPROBS[:0], 5)
     assert len(stored.token_ids) == len(stored.logprobs) == 0
 
 
@@ -128,3 +129,5 @@ def test_truncation_is_checked() -> None:
         truncate_completion(TOKENS[:3], MASK, LOGPROBS, 5)
     with pytest.raises(ValueError, match="int64.*-1"):
         truncate_completion(TOKENS, MASK.long(), LOGPROBS, -1)
+    with pytest.raises(ValueError, match=r"logprobs has shape \(3,\); it must be \(4,\)"):
+        truncate_completion(TOKENS, MASK, LOGPROBS[:3], 5)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spo_lightning.experience import Experience, TokenSequence, scatter_tokens
+from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.types import Prompt, StoredCompletion
 
 
@@ -22,12 +22,6 @@ def test_join_puts_a_stored_completion_behind_its_prompt():
     assert joined.token_ids.tolist() == [3, 4, 7, 8, 9]
     assert joined.token_ids.dtype == torch.int64
     assert joined.completion_mask.tolist() == [False, False, True, False, True]
-
-
-def test_scatter_tokens_lays_values_where_the_mask_is_true():
-    mask = torch.tensor([[False, True, False, True], [True, False, False, False]])
-    laid = scatter_tokens([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], mask)
-    assert laid.tolist() == [[0, 1, 0, 2], [3, 0, 0, 0]]
 
 
 EXPERIENCE = Experience(

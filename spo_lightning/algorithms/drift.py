@@ -81,18 +81,20 @@ def truncate_completion(
     Args:
         token_ids: (T,) int, the completion.
         completion_mask: (T,) bool, tokens the policy sampled.
-        logprobs: (T,) float, per token; read only where the mask is True.
+        logprobs: (S,) float, one for each True of the mask.
         max_sampled_tokens: most sampled tokens kept; 0 keeps nothing.
 
     Returns:
         Copies on the CPU: ids int32, mask bool, and float32 log-probabilities of the sampled tokens.
 
     Raises:
-        ValueError: shapes differ, the mask is not bool, or max_sampled_tokens is negative.
+        ValueError: shapes do not fit, the mask is not bool, or max_sampled_tokens is negative.
     """
-    problems = same_length_problems(token_ids=token_ids, completion_mask=completion_mask, logprobs=logprobs)
+    problems = same_length_problems(token_ids=token_ids, completion_mask=completion_mask)
     if completion_mask.dtype != torch.bool:
         problems.append(f"completion_mask is {completion_mask.dtype}; it must be torch.bool")
+    if logprobs.shape != (count := int(completion_mask.sum()),):
+        problems.append(f"logprobs has shape {tuple(logprobs.shape)}; it must be ({count},), one a sampled token")
     if max_sampled_tokens < 0:
         problems.append(f"max_sampled_tokens is {max_sampled_tokens}; it must be 0 or positive")
     raise_problems("truncate_completion", problems)
@@ -101,7 +103,7 @@ def truncate_completion(
     return StoredCompletion(
         token_ids=token_ids[:end].to("cpu", torch.int32, copy=True),
         completion_mask=completion_mask[:end].to("cpu", copy=True),
-        logprobs=logprobs.detach()[sampled].to("cpu", torch.float32),
+        logprobs=logprobs.detach()[:max_sampled_tokens].to("cpu", torch.float32, copy=True),
     )
 
 
