@@ -1,9 +1,13 @@
-"""Folders that a run writes to, tried before it begins."""
+"""Folders that a run writes to, tried before it begins; files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
 from spo_lightning.errors import ConfigError
 
@@ -26,3 +30,21 @@ def make_folder(path: Path, setting: str) -> Path:
     if reason is not None:
         raise ConfigError(f"{setting} needs the folder {path}, which cannot be used: {reason}; choose another place")
     return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be written that takes the place of ``path`` when all of it is on the disk.
+
+    A kill at any time leaves the old file or the new one, and beside them perhaps a hidden file that ends in
+    ``.partial``.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

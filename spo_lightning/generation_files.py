@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pyarrow
 from pyarrow import parquet
 
 from spo_lightning.distributed import Ranks
+from spo_lightning.folders import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -286,13 +285,5 @@ def _read(path: Path) -> tuple[GenerationSettings, list[BenchmarkRow]]:
 
 
 def _write(path: Path, table: pyarrow.Table) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            parquet.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        parquet.write_table(table, file, compression="zstd")

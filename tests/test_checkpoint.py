@@ -108,7 +108,7 @@ def test_files_are_named_by_iterations_done_and_the_newest_are_kept(tmp_path):
         tmp_path, callbacks=[callback], data={"num_iterations": 7}, trainer={"enable_checkpointing": True}
     )
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "iteration-000001.ckpt.partial").touch()
+    (tmp_path / "checkpoints" / ".iteration-000001.ckpt.0123.partial").touch()
     trainer.fit(module, data)
     folder = tmp_path / "checkpoints"
     assert names(folder) == ["iteration-000006.ckpt", "iteration-000007.ckpt", "last.ckpt"]

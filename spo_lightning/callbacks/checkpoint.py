@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues
-from spo_lightning.folders import make_folder
+from spo_lightning.folders import make_folder, whole_file
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 from spo_lightning.types import PromptBatch
 
@@ -35,15 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write, flush to disk, rename."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a file, or the folder of a run that was sharded."""

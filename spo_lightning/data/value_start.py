@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.sources import Row, read_file
+from spo_lightning.folders import whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,36 +236,19 @@ def write_values(path: Path | str, rows: Iterable[ValueRow]) -> None:
         raise ValueError(f"{path} has the suffix {path.suffix!r}; a value file is .parquet or .jsonl")
     records = [asdict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_parquet(records) if path.suffix == ".parquet" else _jsonl(records))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        if path.suffix == ".parquet":
+            _write_parquet(records, file)
+        else:
+            file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
-def _jsonl(records: list[Row]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def _parquet(records: list[Row]) -> bytes:
+def _write_parquet(records: list[Row], file: BinaryIO) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    schema = pyarrow.schema(
-        [
-            ("id", pyarrow.string()),
-            ("prompt", pyarrow.string()),
-            ("n", pyarrow.int64()),
-            ("reward_sum", pyarrow.float64()),
-        ]
-    )
-    buffer = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(records, schema=schema), buffer)
-    return bytes(buffer.getvalue())
+    types = {"id": pyarrow.string(), "prompt": pyarrow.string(), "n": pyarrow.int64(), "reward_sum": pyarrow.float64()}
+    parquet.write_table(pyarrow.Table.from_pylist(records, schema=pyarrow.schema(types)), file)
 
 
 def _checked(row: dict[str, Any], where: str) -> tuple[int, float]:
