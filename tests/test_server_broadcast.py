@@ -314,6 +314,58 @@ def test_a_broadcast_that_nobody_receives_is_cancelled_at_once(trainer: Trainer,
     asyncio.run(run())
 
 
+class Full(Stuck):
+    """A stand-in for a group whose end on rank 0 finds no room on the device."""
+
+    def broadcast(self, data: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("server_waits", [True, False])
+def test_what_fails_on_rank_0_alone_is_said_at_once(
+    trainer: Trainer, server_waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would wait in vain and be blamed for it; and it may have answered before."""
+
+    async def answered(_: object) -> None:
+        return None
+
+    async def run() -> None:
+        async with clients_of(NetworkServer(load_seconds=60.0)) as (client,):
+            link = trainer.transfer.link(0)
+            await link.connect(client)
+            group = link._group = Full()
+            if not server_waits:
+                monkeypatch.setattr(client, "update_weights", answered)
+            full = "rank 0 could not send weights: OutOfMemoryError: CUDA out of memory"
+            with pytest.raises(ServerUnavailable, match=full):
+                await asyncio.wait_for(link.send(client, trainer.weights(7)), 5)
+            assert group.cancelled.is_set() and group.closed.wait(5)
+
+    asyncio.run(run())
+
+
+def test_a_group_that_cannot_be_aborted_is_lost_and_left_all_the_same() -> None:
+    """A stand-in for NCCL's, whose abort raises where the other member is gone."""
+
+    class Broken:
+        aborted = 0
+
+        def broadcast(self, *_: object) -> None:
+            raise RuntimeError("the other member is gone")
+
+        def abort(self) -> None:
+            self.aborted += 1
+            raise RuntimeError("cannot abort in time")
+
+    group = object.__new__(WeightGroup)
+    group._group, group._backend, group._timeout_s = broken, _, _ = Broken(), "nccl", 1.0
+    with pytest.raises(TransferLost, match="the other member is gone"):
+        group.broadcast(torch.zeros(1))
+    group.close()
+    assert broken.aborted == 2 and group._group is None
+
+
 @pytest.mark.parametrize(
     ("asked", "here", "there", "taken"),
     [

@@ -10,9 +10,9 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -263,18 +263,27 @@ def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
     return asyncio.wrap_future(outcome)
 
 
-async def _both(request: Awaitable[None], local: asyncio.Future[T], cancel: Callable[[], None]) -> T:
+async def _both(request: Coroutine[Any, Any, None], local: asyncio.Future[T], cancel: Callable[[], None]) -> T:
     """The result of what runs here, once the server has answered too.
 
     Raises:
-        ServerUnavailable: it failed here; what the server says of it goes first.
+        ServerUnavailable: it failed here. What the server says goes first, unless the cause is here alone, such as
+            memory that is full: the server would only have waited in vain.
     """
+    asking = asyncio.ensure_future(request)
+    ends: list[asyncio.Future[Any]] = [asking, local]
     try:
-        await request
+        await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
+        failure = local.exception() if local.done() else None
+        if failure is not None and not isinstance(failure, TransferLost):
+            text = f"rank 0 could not send weights: {type(failure).__name__}: {failure}"
+            raise ServerUnavailable(text) from failure
+        await asking
         return await local
     except BaseException as error:
         cancel()
         local.cancel()
+        asking.cancel()
         if isinstance(error, TransferLost):
             raise ServerUnavailable(f"the weights did not get through: {error}") from error
         raise

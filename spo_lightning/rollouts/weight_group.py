@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -72,6 +72,7 @@ class WeightGroup:
 
     def __init__(self, info: GroupInfo, rank: int, device: torch.device) -> None:
         self._timeout_s = info.timeout_s
+        self._backend = info.backend
         self._cancelled = threading.Event()
         self.device = device if info.backend == "nccl" else torch.device("cpu")
         try:
@@ -99,7 +100,7 @@ class WeightGroup:
                 time.sleep(POLL_SECONDS)
             work.wait()
         except RuntimeError as error:
-            group.abort()
+            _abort(group)
             raise error if isinstance(error, TransferLost) else TransferLost(str(error)) from error
 
     def cancel(self) -> None:
@@ -108,7 +109,14 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave the group. With Gloo this waits for a broadcast that has failed here and not yet at the other end."""
+        if self._group is not None and self._backend == "nccl":
+            _abort(self._group)  # its destructor would, and a failure there ends the process
         self._group = None
+
+
+def _abort(group: Any) -> None:
+    with suppress(RuntimeError):  # NCCL's own end may fail where the other member's is gone
+        group.abort()
 
 
 def _gloo(info: GroupInfo, rank: int) -> Any:
