@@ -25,13 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from spo_lightning.algorithms.linear_logprobs import ACCELERATOR_CHUNK_ELEMENTS, linear_logprobs
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.memory_plan import EngineMemory, MicroBatchMemory, ModelSize, OptimizerMemory
+from spo_lightning.packing import backbone, has_packing_kernels
 from spo_lightning.policy import checkpoint_activations, decoder_layers
 from spo_lightning.rollouts.kv_cache import RowCache, cache_keyword
 from spo_lightning.unloaded import unloaded_model
 from spo_lightning.unpadded import UNPADDED, run, use_unpadded
 
-# Whether a mask is needed depends on values, which fake tensors lack; this is sdpa where it is known that none is.
-_UNMASKED = "sdpa_unmasked"
+# Whether a mask is needed depends on values, which fake tensors lack; this is sdpa where it is known that none is. And
+# it stands for kernels of flash attention with models that take no sdpa.
+_UNMASKED = "unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(_UNMASKED, lambda *args, **kwargs: None)
 
@@ -106,7 +108,11 @@ class FakePolicy:
         lora: LoraSettings | None = None,
     ) -> None:
         self._mode = FakeTensorMode()
-        self.model: Any = unloaded_model(architecture, dtype=dtype, attn_implementation=attn_implementation)
+        kernels = has_packing_kernels(attn_implementation)
+        attention = "eager" if kernels else attn_implementation
+        self.model: Any = unloaded_model(architecture, dtype=dtype, attn_implementation=attention)
+        if kernels:
+            self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else _UNMASKED)
         use_unpadded(self.model)
         self._attention = self.model.config._attn_implementation
         if lora is not None:
@@ -208,9 +214,9 @@ def _hidden_states(model: Any, ids: Tensor, padded: bool) -> Tensor:
     rows, width = ids.shape
     if padded and model.config._attn_implementation == UNPADDED:
         positions = torch.arange(width).repeat(rows)
-        return run(model.base_model, ids.flatten(), positions, torch.arange(rows * width), (rows, width))
+        return run(backbone(model), ids.flatten(), positions, torch.arange(rows * width), (rows, width))
     mask = torch.ones(rows, 1, width, width, dtype=torch.bool) if padded else None
-    return model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+    return backbone(model)(ids, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _replace_tensors(model: nn.Module) -> None:

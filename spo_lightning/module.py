@@ -52,7 +52,7 @@ from spo_lightning.learner import score
 from spo_lightning.learning import learn
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
-from spo_lightning.packing import packs_by_default, require_kept_apart
+from spo_lightning.packing import has_packing_kernels, keeps_sequences_apart
 from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
 from spo_lightning.preparation import decided_rows
@@ -96,7 +96,7 @@ class SPOModule(LightningModule):
         num_minibatches: optimiser steps per rollout batch (the paper takes 8).
         micro_batch_tokens: most tokens, padding included, of one forward and backward pass on one rank.
         padding_free: lay the sequences of a micro-batch end to end instead of padding them; ``None`` does so where the
-            policy's attention has kernels for it (flash attention, flex attention) and is all that looks back in a row.
+            policy's attention has kernels for it (flash attention, flex attention) and keeps sequences apart.
         max_grad_norm: gradients are clipped to this norm; ``None`` leaves them.
         max_skipped_steps: training stops after so many optimiser steps in a row with a loss or gradient not finite.
         push_tolerance: after every push of weights a few tokens are compared; the largest mean |difference| of their
@@ -200,13 +200,24 @@ class SPOModule(LightningModule):
         # the CPU, which give every device the same numbers, are refused.
         with torch.device("cpu"):
             policy = load_policy(self.policy_config, reads, self.seed, sharded)
-            default = packs_by_default(self.policy_config.attn_implementation, policy.model)
-            self.packed = default if self.padding_free is None else self.padding_free
-            if self.packed and strategy is not None:  # an export packs nothing
-                require_kept_apart(policy.model, weights=reads)
+            self.packed = strategy is not None and self._packs(policy.model, reads)  # an export packs nothing
         self.policy: torch.nn.Module = policy
         if strategy is not None:
             self.policy = shard_policy(cast(Policy, strategy.precision_plugin.convert_module(policy)), strategy)
+
+    def _packs(self, model: Any, reads: bool) -> bool:
+        """Whether sequences lie end to end; ranks without weights take the word of one that has them."""
+        default = has_packing_kernels(self.policy_config.attn_implementation)
+        if not (default if self.padding_free is None else self.padding_free):
+            return False
+        apart = all(self.ranks.gather(keeps_sequences_apart(model, weights=reads)))
+        if self.padding_free and not apart:
+            raise ConfigError(
+                f"model.padding_free is true, and {type(model).__name__} with the attention "
+                f"{self.policy_config.attn_implementation} does not keep sequences apart that lie end to end in a row, "
+                "or cannot be seen to; set it to null or false"
+            )
+        return apart
 
     @property
     def device(self) -> torch.device:

@@ -172,9 +172,9 @@ def _architecture(path: str, revision: str | None) -> Any:
 
 
 def _fake(source: PolicySource, dtype: torch.dtype, checkpointing: bool = False) -> FakePolicy:
-    attention = "sdpa" if has_packing_kernels(source.attn_implementation) else source.attn_implementation
     lora = None if source.lora is None else LoraSettings(source.lora.rank, target_modules=source.lora.target_modules)
-    return FakePolicy(_architecture(source.path, source.revision), dtype, attention, checkpointing, lora)
+    architecture = _architecture(source.path, source.revision)
+    return FakePolicy(architecture, dtype, source.attn_implementation, checkpointing, lora)
 
 
 @cache
@@ -201,8 +201,11 @@ def _largest_micro_batch(settings: Settings) -> MicroBatchMemory:
         )
     if settings.padding_free and not _packs(settings.policy):
         raise ConfigError(
-            f"model.padding_free is true; the planner knows that with flash attention alone, not with "
-            f"{settings.policy.attn_implementation}, and with layers of attention alone"
+            "model.padding_free is true, and layers of this model carry more than keys and values along a row, so that "
+            "a run refuses it; set it to null"
+            if _remembers(settings.policy)
+            else "model.padding_free is true; the planner knows that with flash attention and flex attention, not with "
+            f"{settings.policy.attn_implementation}; plan with one of them, or with null"
         )
     width = min(longest, max(1, bound // 2))
     packed = settings.padding_free is not False and _packs(settings.policy)
@@ -253,7 +256,9 @@ def _engine_notes(settings: Settings, gpu_bytes: float) -> list[str]:
     if isinstance(load, VLLMLoad) and memory.problem is None:
         notes.append(requests_at_once(load, memory.cache, *_token_bytes_and_limit(settings, load)))
         if _remembers(settings.policy):
-            notes.append("beside, each request holds a state of the layers that are not attention; it is not counted")
+            notes.append(
+                "beside keys and values, each request holds what else its layers carry along a row; it is not counted"
+            )
     if memory.host:
         notes.append(f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory")
     return notes

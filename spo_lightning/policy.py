@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.errors import ConfigError
 from spo_lightning.lora import LoraSettings, adapters
-from spo_lightning.packing import packed_hidden_states
+from spo_lightning.packing import backbone, packed_hidden_states
 from spo_lightning.unpadded import UNPADDED, hidden_states, use_unpadded
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -102,7 +102,7 @@ class Policy(nn.Module):
             ``entropy`` (nats, of the distribution each token was drawn from) carries no gradient.
         """
         predicts = completion_mask.roll(-1, dims=-1)
-        model = self.model.base_model
+        model = backbone(self.model)
         if attention_mask is not None and self.model.config._attn_implementation == UNPADDED:
             hidden = hidden_states(model, input_ids, position_ids, attention_mask)
             predicts = predicts[attention_mask]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from spo_lightning.errors import ConfigError
 from spo_lightning.folders import make_folder
 from spo_lightning.lora import add_adapters
+from spo_lightning.packing import backbone
 from spo_lightning.policy import Policy, PolicyConfig, checkpoint_activations, compile_layers
 from spo_lightning.unloaded import unloaded_model
 
@@ -128,7 +129,7 @@ def _require_plain_head(model: Any) -> None:
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")  # kernels may want another device or dtype than the weights have as yet
     ids = torch.tensor([[0, 1]], device=model.device)
-    plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    plain = model.get_output_embeddings()(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
     logits = model(input_ids=ids, use_cache=False).logits
     model.set_attn_implementation(attention)
     if not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3):

@@ -11,7 +11,7 @@ import transformers
 from jsonargparse import Namespace
 from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, GptOssConfig, Qwen3Config, Qwen3ForCausalLM
 
 from spo_lightning import plan_command
 from spo_lightning.algorithms import linear_logprobs
@@ -651,14 +651,25 @@ def test_of_layers_that_are_not_attention_keys_and_values_are_not_counted_and_pa
     packed = "--model.policy.attn_implementation=flash_attention_2"
     output = spo_plan(VLLM, packed, "--model.engine.kv_cache_memory_bytes=1048576")
     assert f"vLLM's cache holds at most {2**20 // (2 * 2 * 8 * 4):,} tokens" in output
-    assert "each request holds a state of the layers that are not attention" in output
+    assert "beside keys and values, each request holds what else its layers carry" in output
     for arguments, message in (
         ([], "TransformersEngine cannot run Lfm2ForCausalLM"),
-        ([VLLM, packed, "--model.padding_free=true"], "the planner knows that with flash attention alone"),
+        ([VLLM, packed, "--model.padding_free=true"], "a run refuses it; set it to null"),
     ):
         with pytest.raises(SystemExit):
             spo_plan(*arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_model_without_sdpa_is_planned_with_flash_attention_and_packing_with_sdpa_is_refused(spo_plan, capsys):
+    """The arguments of gpt-oss' attention are what its sinks need; kernels of flash attention take them."""
+    with pytest.raises(SystemExit):
+        spo_plan("--model.padding_free=true")
+    assert "the planner knows that with flash attention and flex attention, not with sdpa" in capsys.readouterr().err
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    GptOssConfig(vocab_size=64, max_position_embeddings=512, **sizes).save_pretrained(spo_plan.folder)
+    assert "fits" in spo_plan(VLLM, "--model.policy.attn_implementation=flash_attention_2")
 
 
 def test_the_largest_micro_batch_is_padded_unless_sequences_are_packed(spo_plan, monkeypatch):

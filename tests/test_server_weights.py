@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, MllamaConfig
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.policy import PolicyConfig
+from spo_lightning.policy_files import load_policy
 from spo_lightning.rollouts import policy_parameters
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer, _MemorySink
@@ -198,7 +200,9 @@ def test_a_language_model_has_the_names_of_a_checkpoint_that_also_sees(tmp_path:
     whole = whole_class(whole_class.config_class(text_config=TEXT | text, vision_config=vision))
     whole.save_pretrained(tmp_path)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(policy).__name__ == f"{name}ForCausalLM"
+    assert (
+        type(policy).__name__ == type(load_policy(PolicyConfig(str(tmp_path))).model).__name__ == f"{name}ForCausalLM"
+    )
     parameters = PolicyParameters(AutoConfig.from_pretrained(tmp_path))
     assert parameters.language_model_only
     state = policy.state_dict()

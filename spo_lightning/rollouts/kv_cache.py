@@ -41,7 +41,7 @@ def require_full_attention(model: PreTrainedModel) -> None:
         missing.append(" or ".join(CACHE_ARGUMENTS))
     problems = [f"its cache has layers of type {name}" for name in sorted(k.__name__ for k in kinds - {DynamicLayer})]
     if remembers_beside_attention(model):
-        problems.append("layers of it are recurrent or convolutional")
+        problems.append("layers of it carry more than keys and values along a row")
     if missing:
         problems.append(f"its forward takes no {', '.join(missing)}")
     if problems:
