@@ -98,7 +98,7 @@ PACKAGES = {
     "8-bit AdamW": "bitsandbytes",
 }
 NEEDS_CUDA = {"Liger's head", "flash attention"}
-PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+PEAK_BF16_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}  # first match
 UPDATE_SIZES = ("sequences", "length", "micro_batch_tokens", "repeats")
 Measurement = dict[str, float]
 
@@ -166,8 +166,9 @@ def measure_head(task: Mapping[str, Any], device: str) -> Measurement:
         seconds, processor = seconds_of(lambda: head(hidden, weight, token_ids, 1.0)[0].backward(upstream), device)
         return {"GiB": memory.gib(), "seconds": seconds, "processor": processor}
 
-    run(SEQUENCE_LENGTH, 1000, 64)
-    return run(task["tokens"], task["vocab"], task["hidden"])
+    size = task["tokens"], task["vocab"], task["hidden"]
+    run(*(size if device == "cuda" else (SEQUENCE_LENGTH, 1000, 64)))  # a GPU loads its kernels at the first call
+    return run(*size)
 
 
 def plain_policy_head(
@@ -220,6 +221,7 @@ def update_flops(model: Any, experience: Experience, lora: bool) -> float:
 def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     """GiB in all, tokens and model FLOPs a second of an update; the first one, which also allocates, is not timed."""
     torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does
     memory = PeakMemory(device)
     policy = build_policy(task, device)
     if task["head"] == "plain":
@@ -229,7 +231,8 @@ def measure_update(task: Mapping[str, Any], device: str) -> Measurement:
     packed = has_packing_kernels(task["attention"])
     micro = MicroBatching(task["micro_batch_tokens"], 0, 1.0, packed, torch.device(device))
     ranks, loss = Ranks(), PPOClipLoss()
-    autocast = torch.autocast(device, torch.bfloat16, enabled=task["precision"] == "bf16-mixed")
+    mixed = task["precision"] == "bf16-mixed"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=mixed, cache_enabled=False)  # as Lightning's
 
     def update() -> None:
         with autocast:

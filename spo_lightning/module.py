@@ -18,6 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -244,6 +245,8 @@ class SPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what the module cannot do, before any work."""
+        # cuDNN plans for tens of milliseconds at every new shape, and here hardly a shape comes twice.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.ranks = Ranks()
         check_engine(self)
         self.generation = Generation(
@@ -253,11 +256,12 @@ class SPOModule(LightningModule):
             check_trainer(self)
 
     def on_fit_start(self) -> None:
-        """Refuse what does not go together, and start the engine."""
+        """Refuse what does not go together, and start the engine; it sleeps while a checkpoint is restored."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         check_run(self, data, self.ranks.gather(data.sampler.iteration))
         self._start_engine()
         check_lengths(self.engine, {"train": data.dataset, **data.benchmark_prompts})
+        self.generation.engine.sleep()
 
     def on_validation_start(self) -> None:
         """Check the benchmarks' answers and lengths; during ``fit`` that has been done."""
@@ -392,8 +396,10 @@ class SPOModule(LightningModule):
         return score(self.policy, sequences, self.micro_batching, self.ranks)
 
     def add_gradient(self, loss: Tensor, last: bool) -> None:
-        """Add a micro-batch's gradient; under DDP the ranks meet at the last one only."""
+        """Add a micro-batch's gradient; replicas of the policy, under DDP all ranks, meet at the last one only."""
         model = self.trainer.model
+        if isinstance(self.policy, FSDPModule):
+            self.policy.set_requires_all_reduce(last)
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             self.manual_backward(loss)
 
@@ -425,8 +431,10 @@ class SPOModule(LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of every benchmark as ``val/<name>/…``."""
+        """Log the metrics of every benchmark as ``val/<name>/…``; within ``fit`` a checkpoint may follow."""
         self._log_benchmarks("val")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.generation.engine.sleep()
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every benchmark as ``test/<name>/…``, with intervals, and their average."""

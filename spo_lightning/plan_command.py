@@ -260,7 +260,10 @@ def _engine_notes(settings: Settings, gpu_bytes: float) -> list[str]:
                 "beside keys and values, each request holds what else its layers carry along a row; it is not counted"
             )
     if memory.host:
-        notes.append(f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory")
+        notes.append(
+            f"asleep, the engine keeps {memory.host / GIB:.1f} GiB of weights per device in host memory, which torch "
+            "rounds up to as much as twice that"
+        )
     return notes
 
 

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -393,10 +394,30 @@ def run_variants(folder: Path, count: int, names: Iterable[str]) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for name in sorted(names):
         inputs, _, build, policy = VARIANTS[name]
-        whole = run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy))
+        with pair_reductions() as reductions:
+            whole = run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy))
+        whole["pair_reductions"] = len(reductions)
         save(folder, name, whole=whole, compiled={"graphs": compiler.graphs, "of_any_size": compiler.of_any_size})
         torch._dynamo.reset()
         compiler.reset()
+
+
+@contextmanager
+def pair_reductions() -> Iterator[list[None]]:
+    """An entry for each reduction over a group of two ranks within."""
+    found: list[None] = []
+    reduce = torch.distributed.all_reduce
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if torch.distributed.get_world_size(options.get("group")) == 2:
+            found.append(None)
+        return reduce(*args, **options)
+
+    torch.distributed.all_reduce = counted
+    try:
+        yield found
+    finally:
+        torch.distributed.all_reduce = reduce
 
 
 def run_in_three(folder: Path) -> None:

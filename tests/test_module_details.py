@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
@@ -386,6 +387,28 @@ def test_completions_of_the_first_minibatch_are_not_scored_beforehand(tmp_path, 
     monkeypatch.setattr(module, "score", counted)
     trainer.fit(module, data)
     assert calls == scored
+
+
+def test_the_engine_sleeps_while_a_checkpoint_is_restored_or_saved(tmp_path):
+    """Sharded optimizers are restored between ``on_fit_start`` and ``on_train_start``, beside a second copy."""
+    asleep = {}
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, module):
+            asleep["restored"] = module.engine._asleep
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            asleep["validating"] = module.engine._asleep
+
+        def on_validation_end(self, trainer, module):
+            asleep["saved behind a validation"] = module.engine._asleep
+
+    benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1, 1)}
+    data = {"num_iterations": 2, "benchmarks": benchmarks}
+    trainer, module, data = make_run(tmp_path, callbacks=[Looks()], data=data, trainer={"val_check_interval": 1})
+    trainer.fit(module, data)
+    assert asleep == {"restored": True, "validating": False, "saved behind a validation": True}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # Precision and warnings

@@ -118,6 +118,11 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
         assert_same(load(folder, variant, rank)["whole"], expected)
 
 
+def test_replicas_of_a_shard_meet_once_a_step(folder):
+    """Not at each micro-batch: three units, two layers and what is around them, in two steps an iteration."""
+    assert load(folder, "hybrid-fsdp2", 0)["whole"]["pair_reductions"] == 3 * 2 * ITERATIONS
+
+
 @pytest.mark.parametrize("variant", [name for name, (*_, policy) in VARIANTS.items() if policy is COMPILED])
 def test_compiled_shards_share_graphs_that_know_the_layers_sizes(folder, variant):
     """Both layers, every length and number of rows: training and scoring, each for one size, for any, for one row."""

@@ -21,6 +21,9 @@ CPU_CHUNK_ELEMENTS = 2**22
 ACCELERATOR_CHUNK_ELEMENTS = 2**25
 """Logits of one tile elsewhere: 128 MiB in float32, so that a kernel runs long beside its launch."""
 
+WHOLE_COLUMNS = 256
+"""A tile that is wider has a multiple of so many, as the kernels of a GPU want rows that begin at 16 bytes."""
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -69,6 +72,8 @@ def linear_logprobs(
     if chunk_elements is None:
         chunk_elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     width = max(1, chunk_elements // max(1, len(token_ids)))
+    if width > WHOLE_COLUMNS:
+        width -= width % WHOLE_COLUMNS
     return TiledHead.apply(hidden, weight, bias, token_ids, TiledHeadOptions(temperature, matmul_dtype, width))
 
 
