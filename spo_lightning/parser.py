@@ -10,8 +10,9 @@ from pydoc import locate
 from typing import Any, NoReturn, cast
 
 import torch
-from jsonargparse import _typehints
+from jsonargparse import _typehints, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from yaml import YAMLError
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.data.value_start import ValueStart
@@ -56,6 +57,18 @@ def _forget_defaults(parser_or_action: Any, before: Any, value: Any) -> None:
 
 
 _typehints.discard_init_args_on_class_path_change = _forget_defaults
+
+
+_read_yaml = get_loader("yaml")
+
+
+def _read(text: str) -> Any:
+    """YAML; but a text of comments alone is itself: jsonargparse reads strings, quoted or not, as YAML once more."""
+    value = _read_yaml(text)
+    return text if value is None and text.lstrip().startswith("#") else value
+
+
+set_loader("yaml", _read, (YAMLError,))
 
 
 class SPOArgumentParser(LightningArgumentParser):

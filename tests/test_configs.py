@@ -4,12 +4,14 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, ForgettingRule, PolicyLoss, PromptWeights
 from spo_lightning.cli import SPOCLI
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.module import SPOModule
+from spo_lightning.policy import PolicyConfig
 from spo_lightning.strategies import FSDP2Strategy
 
 from cpu_fsdp import CPUFSDPStrategy
@@ -145,6 +147,38 @@ def test_later_configs_override_earlier_ones_and_flags_override_both(monkeypatch
     cli = SPOCLI([*arguments, f"--trainer.default_root_dir={tmp_path}"], run=False)
     assert (cli.model.num_minibatches, cli.model.micro_batch_tokens, cli.datamodule.batch_size) == (2, 9999, 32)
     assert cli.model.sampling.max_tokens == 48
+
+
+def test_the_learning_rate_is_one_for_language_models_unless_another_is_asked_for(monkeypatch, tmp_path):
+    """Torch's own default is a thousand times larger."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    small = tmp_path / "small.yaml"
+    small.write_text(
+        "model: {policy: {path: configs/quickstart/policy}, reward: ExactMatchReward}\n"
+        "data: {num_iterations: 1, train: {path: configs/quickstart/train.jsonl}}\n"
+    )
+    for arguments, rate in (([], 1e-6), (["--model.optimizer.init_args.lr=0.01"], 0.01)):
+        model = SPOCLI([f"--config={small}", *arguments], run=False).model
+        assert model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == rate
+    own = SPOModule(PolicyConfig("configs/quickstart/policy"), model.reward)
+    assert own.optimizer_factory([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 1e-6
+
+
+def test_a_text_that_begins_with_a_hash_is_no_comment(monkeypatch, tmp_path):
+    """Quoted in a file, on the command line, and in the configuration that a run writes."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    pattern, prompt = r"####\s*(.+)$", "# Role: solver"
+    given, written = tmp_path / "given.yaml", tmp_path / "written.yaml"
+    given.write_text(f"data:\n  train:\n    answer_pattern: '{pattern}'\n  system_prompt: '{prompt}'\n")
+    quickstart = "--config=configs/quickstart.yaml"
+    typed = [f"--data.train.answer_pattern={pattern}", "--data.system_prompt", prompt]
+    for arguments in ([f"--config={given}"], typed, [f"--config={written}"]):
+        cli = SPOCLI([quickstart, *arguments], run=False)
+        train = cli.config.data.train
+        assert (train.answer_pattern, cli.config.data.system_prompt) == (pattern, prompt)
+        written.write_text(cli.parser.dump(cli.config, skip_link_targets=False))
 
 
 def test_the_resolved_config_is_a_config(monkeypatch, tmp_path):
