@@ -196,6 +196,41 @@ def test_index_out_of_range(tmp_path, plain):
             dataset[index]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+def test_columns_lie_within_records_too(tmp_path, plain, monkeypatch, kind):
+    """verl's columns. A name with a dot that is a column's own means that column."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra": {"index": {"id": number}},
+            "a.b": f"own {number}",
+        }
+        for number, (text, truth) in enumerate([("1 + 1", "2"), ("2 + 2", "4")])
+    ]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        write_rows(path, rows)
+    else:
+        path.mkdir()
+        write_rows(path / "train.jsonl", rows)
+    given = {"answer_column": "reward_model.ground_truth", "id_column": "extra.index.id"}
+    dataset = load(path, plain, **given)
+    assert (dataset.texts, dataset.references, dataset.ids) == (["1 + 1", "2 + 2"], ["2", "4"], ["0", "1"])
+    assert load(path, plain, answer_column="a.b").references == ["own 0", "own 1"]
+    with pytest.raises(
+        ValueError, match="no 'reward_model.truth': its column 'reward_model' holds .*'ground_truth'; set"
+    ):
+        load(path, plain, answer_column="reward_model.truth")
+    with pytest.raises(ValueError, match="row 1: column 'reward_model' holds records; .*reward_model.ground_truth"):
+        load(path, plain, answer_column="reward_model")
+
+
 # Errors: value, rule, remedy
 
 GOOD = '{"prompt": "a", "answer": 1}\n'

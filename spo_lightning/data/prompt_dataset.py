@@ -240,6 +240,9 @@ def _cell_text(cell: Any, column: str) -> str:
     text = "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell).strip()
     if not text:
         raise ValueError(f"column {column!r} is empty; fill it or remove the row")
+    if isinstance(cell, dict) and cell:
+        fields = ", ".join(f"{column}.{name}" for name in cell)
+        raise ValueError(f"column {column!r} holds records; name one of their fields: {fields}")
     if isinstance(cell, list | dict | bytes):
         raise ValueError(f"column {column!r} is a {type(cell).__name__}; it must be text or a number")
     return text

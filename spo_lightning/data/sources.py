@@ -32,8 +32,9 @@ class PromptSource:
         split: split of a hub data set or folder; ``datasets`` slices such as ``train[:100]`` work. A single file has
             only ``train``.
         prompt_column: column of the problem: text, or a conversation as a list of {role, content} that ends with the
-            user.
-        answer_column: column of the reference answer: text or a number. Numbers become text, whole ones without ".0".
+            user. A dot leads into a column of records, here as in the other columns.
+        answer_column: column of the reference answer, such as ``answer`` or verl's ``reward_model.ground_truth``: text
+            or a number. Numbers become text, whole ones without ".0".
         id_column: column of unique ids; without one the id is a hash of problem and answer.
         value_column: column of a known mean reward in [0, 1] under the initial policy, for ``ValueColumn``; empty
             cells are allowed.
@@ -89,9 +90,8 @@ class PromptSource:
         if not path.is_file():
             if not path.is_dir() and looks_local(self.path):
                 raise _no_such_file(path, ", or give a hub name of the form org/name")
-            return _select(
-                self.path, _read_dataset(self, str(path) if path.is_dir() else self.path), self.columns, self.max_rows
-            )
+            table = _read_dataset(self, str(path) if path.is_dir() else self.path, _with_records(self.columns))
+            return _select(self.path, table, self.columns, self.max_rows)
         given = [f"{k} {getattr(self, k)!r}" for k in ("name", "data_dir", "revision") if getattr(self, k) is not None]
         if self.split != "train":
             given.append(f"split {self.split!r}")
@@ -122,7 +122,7 @@ def read_file(path: Path, columns: Sequence[str], max_rows: int | None = None) -
         raise ValueError(
             f"{path} has the suffix {path.suffix!r}; known are {', '.join(_READERS)}: rename or convert the file"
         )
-    return _select(str(path), reader(path, columns), columns, max_rows)
+    return _select(str(path), reader(path, _with_records(columns)), columns, max_rows)
 
 
 def _no_such_file(path: Path, otherwise: str = "") -> FileNotFoundError:
@@ -134,18 +134,47 @@ def _select(where: str, table: _Table, columns: Sequence[str], max_rows: int | N
     if not available:
         raise ValueError(f"{where} has no rows; a data set needs at least one")
     for column in columns:
-        if column not in available:
+        if not {column, _record_of(column)} & set(available):
             close = difflib.get_close_matches(column.lower(), [c.lower() for c in available], n=1)
             hint = [c for c in available if close and c.lower() == close[0]]
             remedy = f"did you mean {hint[0]!r}?" if hint else "set the column option to one of these"
             raise ValueError(f"{where} has no column {column!r}; it has {', '.join(map(repr, available))}: {remedy}")
-    selected = [{column: row.get(column) for column in columns} for row in islice(rows, max_rows)]
-    if not selected:
+    whole = list(islice(rows, max_rows))
+    if not whole:
         raise ValueError(f"{where} has no rows; a data set needs at least one")
+    selected = [{column: _cell(row, column) for column in columns} for row in whole]
+    for column in set(columns) - set(available):
+        if all(row[column] is None for row in selected):
+            record = _record_of(column)
+            held = next((row[record] for row in whole if row.get(record)), None)
+            raise ValueError(
+                f"{where} has no {column!r}: its column {record!r} holds "
+                f"{', '.join(map(repr, held)) if isinstance(held, dict) else 'no records'}; set the column option to "
+                "what is there"
+            )
     return selected
 
 
-def _read_dataset(source: PromptSource, path: str) -> _Table:
+def _record_of(column: str) -> str:
+    return column.partition(".")[0]
+
+
+def _with_records(columns: Sequence[str]) -> list[str]:
+    """Columns to read so that a column within records of another is there."""
+    return list(dict.fromkeys([*columns, *map(_record_of, columns)]))
+
+
+def _cell(row: Row, column: str) -> Any:
+    """The value of a column, or of one within the records of another."""
+    if column in row and row[column] is not None:
+        return row[column]
+    cell: Any = row.get(_record_of(column))
+    for name in column.split(".")[1:]:
+        cell = cell.get(name) if isinstance(cell, dict) else None
+    return cell
+
+
+def _read_dataset(source: PromptSource, path: str, columns: Sequence[str]) -> _Table:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
@@ -160,7 +189,7 @@ def _read_dataset(source: PromptSource, path: str) -> _Table:
         ) from error
     except DatasetsError as error:
         raise ValueError(f"{source.path} cannot be loaded by datasets: {error.__cause__ or error}") from error
-    wanted = [c for c in source.columns if c in dataset.column_names]
+    wanted = [c for c in columns if c in dataset.column_names]
     return dataset.column_names, dataset.select_columns(wanted)
 
 
