@@ -29,10 +29,12 @@ class BenchmarkResult:
             problem.
         means: means over completions: ``mean_length`` in sampled tokens, ``clipped_ratio``, ``undecided_ratio``, with
             tools also ``tool_turns``.
+        answered_ratio: share of completions in which an answer was found.
     """
 
     scores: dict[str, Tensor]
     means: dict[str, float]
+    answered_ratio: float = 1.0
 
     @property
     def num_problems(self) -> int:
@@ -62,7 +64,8 @@ class BenchmarkEvaluator:
         self._names = ["mean_length", "clipped_ratio", "undecided_ratio", *(["tool_turns"] if with_tools else [])]
         # float64 sums of counts are exact, so that neither the order nor the number of processes shows. Behind to(),
         # which forgets the dtype.
-        self._means = MetricCollection({name: MeanMetric() for name in self._names}).to(device).set_dtype(torch.float64)
+        names = [*self._names, "answered_ratio"]
+        self._means = MetricCollection({name: MeanMetric() for name in names}).to(device).set_dtype(torch.float64)
         self.device = device
 
     def update(self, rows: Sequence[BenchmarkRow]) -> None:
@@ -80,6 +83,7 @@ class BenchmarkEvaluator:
             "clipped_ratio": [row.finish_reason == "length" for row in rows],
             "undecided_ratio": [row.reward is None for row in rows],
             "tool_turns": [row.tool_turns for row in rows],
+            "answered_ratio": [row.answer is not None for row in rows],
         }
         for name, metric in self._means.items(copy_state=False):
             metric.update(torch.tensor(counts[name], dtype=torch.float64, device=self.device))
@@ -91,6 +95,7 @@ class BenchmarkEvaluator:
         return BenchmarkResult(
             {name: metric.scores().cpu() for name, metric in metrics.items()},
             {name: float(means[name]) for name in self._names},
+            float(means["answered_ratio"]),
         )
 
 

@@ -92,7 +92,7 @@ class SPOModule(LightningModule):
             every push confirms, and nothing filters the samples (top-p, top-k); elsewhere it scores.
         drift: estimates D(x) for the tracker (SPO §4.1).
         drift_max_tokens: leading sampled tokens of a prompt's last completion that are kept to measure its drift.
-        optimizer: any torch optimizer.
+        optimizer: any torch optimizer; by default AdamW with a learning rate of 1e-6, as in the paper.
         lr_scheduler: any torch schedule by steps; stepped once per optimiser step.
         num_minibatches: optimiser steps per rollout batch (the paper takes 8).
         micro_batch_tokens: most tokens, padding included, of one forward and backward pass on one rank.
@@ -124,7 +124,7 @@ class SPOModule(LightningModule):
         old_logprobs: Literal["auto", "trainer", "engine"] = "auto",
         drift: DriftEstimator = lazy(MeanAbsLogRatio),  # noqa: B008
         drift_max_tokens: int = 512,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         num_minibatches: int = 8,
         micro_batch_tokens: int = 16384,
@@ -260,7 +260,7 @@ class SPOModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         check_run(self, data, self.ranks.gather(data.sampler.iteration))
         self._start_engine()
-        check_lengths(self.engine, {"train": data.dataset, **data.benchmark_prompts})
+        check_lengths(self, {"train": data.dataset, **data.benchmark_prompts})
         self.generation.engine.sleep()
 
     def on_validation_start(self) -> None:
@@ -269,7 +269,7 @@ class SPOModule(LightningModule):
             benchmarks = self.trainer.datamodule.benchmark_prompts  # type: ignore[attr-defined]
             check_benchmarks(self.reward, benchmarks)
             self._start_engine()
-            check_lengths(self.engine, benchmarks)
+            check_lengths(self, benchmarks)
 
     on_test_start = on_validation_start
 
@@ -497,6 +497,11 @@ class SPOModule(LightningModule):
         self.benchmark_results = self._evaluation.finish()
         for name, result in self.benchmark_results.items():
             self.log_dict(result.metrics(f"{prefix}/{name}"))
+            if result.answered_ratio == 0:
+                rank_zero_warn(
+                    f"no completion of the benchmark {name} has an answer to vote by, so its maj@k is 0; answers are "
+                    "looked for in \\boxed{...}, or by the pattern of ExactMatchReward and FunctionReward"
+                )
         if self.trainer.state.fn != TrainerFn.FITTING and self.iterations_done:
             self.log("step", float(self.iterations_done - 1))  # loggers take it as the step; the trainer's own is 0
 

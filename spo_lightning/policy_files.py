@@ -149,7 +149,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except _UNREADABLE as error:
-        raise ConfigError(f"the tokenizer of {path} cannot be loaded: {_reason(error)}") from error
+        nowhere = "" if Path(path).is_dir() else f"; nor is there a folder {path} (looked in {Path.cwd()})"
+        raise ConfigError(f"the tokenizer of {path} cannot be loaded: {_reason(error)}{nowhere}") from error
     added = tokenizer.added_tokens_decoder.values()
     if len(tokenizer) <= len(added) and all(token.special for token in added):  # made up, where there is no file
         raise ConfigError(f"{path} holds no tokenizer; put the model's tokenizer files (tokenizer.json) beside it")

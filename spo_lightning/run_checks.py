@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.errors import ConfigError
 from spo_lightning.intervals import AVERAGE
-from spo_lightning.protocols import Reward, RolloutEngine
+from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.dynamic_sampling import check_dynamic_sampling
 
 if TYPE_CHECKING:
@@ -150,11 +150,23 @@ def check_references(reward: Reward, datasets: Mapping[str, PromptDataset]) -> N
             )
 
 
-def check_lengths(engine: RolloutEngine, datasets: Mapping[str, PromptDataset]) -> None:
-    """Refuse prompts that the engine, once started, has no room for."""
-    room = engine.max_model_len
+def check_lengths(module: SPOModule, datasets: Mapping[str, PromptDataset]) -> None:
+    """Refuse prompts that the engine, once started, has no room for; warn of completions that will be cut.
+
+    Args:
+        module: with its engine started.
+        datasets: "train", and benchmarks by their names.
+    """
+    room = module.engine.max_model_len
     for name, dataset in datasets.items():
         tokens = len(dataset.longest.token_ids)
+        setting = "sampling" if name == "train" else "eval_sampling"
+        asked = getattr(module, setting).max_tokens
+        if tokens < room < tokens + asked + module.tool_tokens:
+            rank_zero_warn(
+                f"model.{setting}.max_tokens is {asked}, and the engine takes {room} tokens of prompt and completion "
+                f"together: completions of {name} are clipped before, behind its longest prompt after {room - tokens}"
+            )
         if tokens >= room:
             raise ConfigError(
                 f"prompt {dataset.longest.id} of {name} has {tokens} tokens and the engine takes {room} of prompt "

@@ -406,12 +406,26 @@ def test_the_engine_sleeps_while_a_checkpoint_is_restored_or_saved(tmp_path):
     benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1, 1)}
     data = {"num_iterations": 2, "benchmarks": benchmarks}
     trainer, module, data = make_run(tmp_path, callbacks=[Looks()], data=data, trainer={"val_check_interval": 1})
-    trainer.fit(module, data)
+    with pytest.warns(UserWarning, match=r"benchmark b has an answer to vote by, so its maj@k is 0"):
+        trainer.fit(module, data)
     assert asleep == {"restored": True, "validating": False, "saved behind a validation": True}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # Precision and warnings
+
+
+def test_completions_that_the_context_cuts_are_said_so(tmp_path):
+    """The tiny policy has 256 positions; prompts have one token to three."""
+    benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1, 1)}
+    lengths = {"sampling": SamplingParams(max_tokens=4), "eval_sampling": SamplingParams(max_tokens=255)}
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 1, "benchmarks": benchmarks}, **lengths)
+    with pytest.warns(UserWarning) as warned:
+        trainer.fit(module, data)
+    (cut,) = [str(warning.message) for warning in warned if "clipped before" in str(warning.message)]
+    assert cut.startswith("model.eval_sampling.max_tokens is 255, and the engine takes 256 tokens")
+    longest = max(len(prompt.token_ids) for prompt in data.dataset)
+    assert cut.endswith(f"completions of b are clipped before, behind its longest prompt after {256 - longest}")
 
 
 def test_bf16_true_trains(tmp_path):

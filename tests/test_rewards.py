@@ -186,11 +186,30 @@ def test_function_reward_that_misbehaves(function: object, error: type[Exception
         ("math:nothing", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
         ("math:pi", "must be callable"),
+        (
+            f"{__name__}:of_a_batch",
+            r"of_a_batch\(completions, \*\*columns\) cannot be called.*one completion at a time",
+        ),
     ],
 )
 def test_function_reward_refuses_paths(path: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         FunctionReward(path)
+
+
+def of_a_batch(completions, **columns):
+    """As TRL calls its own."""
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer"), [(None, "7"), (r"#### (\d+)", "42"), (r"\d+ apples", "3 apples"), ("no", None)]
+)
+def test_function_reward_finds_the_answer_that_votes(pattern: str | None, answer: str | None) -> None:
+    text = r"#### 41, \boxed{7}, 3 apples, #### 42"
+    assert FunctionReward(length_reward, pattern).grade([text], [""], ["p"])[0].answer == answer
+    with pytest.raises(ValueError, match="with 2 groups; only the answer"):
+        FunctionReward(length_reward, "(a)(b)")
 
 
 def test_math_verify_collects_every_problem() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from spo_lightning.protocols import Reward
-from spo_lightning.rewards.extraction import last_boxed, visible_text
+from spo_lightning.rewards.extraction import answer_finder, visible_text
 from spo_lightning.types import Grade
 
 
@@ -27,7 +26,7 @@ class ExactMatchReward(Reward):
     def __init__(self, pattern: str | None = None, strip_think: bool = False) -> None:
         self.pattern = pattern
         self.strip_think = strip_think
-        self._regex = None if pattern is None else _compile(pattern)
+        self._answer = answer_finder(pattern)
 
     def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
         """One grade a completion, in order. The prompts are not looked at; an empty answer is none.
@@ -40,21 +39,3 @@ class ExactMatchReward(Reward):
             answer = self._answer(visible_text(completion, self.strip_think))
             grades.append(Grade(float(answer is not None and answer == reference.strip()), answer))
         return grades
-
-    def _answer(self, text: str) -> str | None:
-        if self._regex is None:
-            return last_boxed(text)
-        matches = self._regex.findall(text)
-        return matches[-1].strip() or None if matches else None
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern is {pattern!r}; it must be a regular expression: {error}") from error
-    if regex.groups > 1:
-        raise ValueError(
-            f"pattern is {pattern!r} with {regex.groups} groups; only the answer may be one, the others need (?:...)"
-        )
-    return regex

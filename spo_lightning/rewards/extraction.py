@@ -6,6 +6,7 @@ Standard library only: the worker processes of the grader import this module.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[{}])|[{}]")
@@ -74,3 +75,31 @@ def quick_verdict(first: str, second: str) -> bool | None:
     if first_value == second_value:
         return True
     return False if first_value.denominator == second_value.denominator == 1 else None
+
+
+def answer_finder(pattern: str | None) -> Callable[[str], str | None]:
+    r"""A function that finds the answer of a completion, without blanks around it; ``None`` for none.
+
+    Args:
+        pattern: regular expression: its only group, or the whole match when it has none; the last match counts.
+            ``None`` takes the content of the last ``\boxed{...}``.
+
+    Raises:
+        ValueError: the pattern does not compile or has more than one group.
+    """
+    if pattern is None:
+        return last_boxed
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern is {pattern!r}; it must be a regular expression: {error}") from error
+    if regex.groups > 1:
+        raise ValueError(
+            f"pattern is {pattern!r} with {regex.groups} groups; only the answer may be one, the others need (?:...)"
+        )
+
+    def find(text: str) -> str | None:
+        matches = regex.findall(text)
+        return matches[-1].strip() or None if matches else None
+
+    return find

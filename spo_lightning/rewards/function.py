@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from spo_lightning.protocols import Reward
-from spo_lightning.rewards.extraction import last_boxed
+from spo_lightning.rewards.extraction import answer_finder
 from spo_lightning.types import Grade
 
 
@@ -21,20 +22,25 @@ class FunctionReward(Reward):
 
     The function runs in this process, without a time limit. It returns a finite number, or ``None`` for a completion
     that it cannot decide, which then teaches nothing (``Grade.cause`` "undecided"). What it raises is not caught: an
-    error in a reward must not pass for hard data. The answer recorded is the content of the last ``\boxed{...}``.
+    error in a reward must not pass for hard data.
 
     Args:
         function: the function, or where to import it from, ``"package.module:name"``.
+        pattern: regular expression that finds a completion's answer, by which maj@k votes: its only group, or the whole
+            match when it has none; the last match counts. ``None`` takes the content of the last ``\boxed{...}``.
 
     Raises:
-        ValueError: the import string has no module, or names nothing that can be called.
+        ValueError: the import string has no module, or names nothing that can be called with three texts; or the
+            pattern does not compile or has more than one group.
     """
 
-    def __init__(self, function: str | Callable[[str, str, str], float | None]) -> None:
+    def __init__(self, function: str | Callable[[str, str, str], float | None], pattern: str | None = None) -> None:
         self.function = _load(function) if isinstance(function, str) else function
         self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if not callable(self.function):
             raise ValueError(f"{self.name} is {self.function!r}; a reward function must be callable")
+        _require_three_arguments(self.function, self.name)
+        self._answer = answer_finder(pattern)
 
     def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
         """One grade a completion, in order.
@@ -47,7 +53,7 @@ class FunctionReward(Reward):
 
     def _grade(self, completion: str, reference: str, prompt: str) -> Grade:
         value = self.function(completion, reference, prompt)
-        answer = last_boxed(completion)
+        answer = self._answer(completion)
         if value is None:
             return Grade(None, answer, "undecided")
         if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -63,6 +69,20 @@ class FunctionReward(Reward):
                 "return None for a completion it cannot decide"
             )
         return Grade(float(value), answer)
+
+
+def _require_three_arguments(function: Callable[..., Any], name: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a built-in that does not tell
+        return
+    try:
+        signature.bind("completion", "reference", "prompt")
+    except TypeError as error:
+        raise ValueError(
+            f"reward function {name}{signature} cannot be called: {error}; it is given three texts, "
+            "(completion, reference, prompt), of one completion at a time"
+        ) from error
 
 
 def _load(path: str) -> Any:
