@@ -37,7 +37,8 @@ from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
 from spo_lightning.parser import SPOArgumentParser
-from spo_lightning.sharded_checkpoint import require_same_policy
+from spo_lightning.run_checks import check_resume
+from spo_lightning.sharded_checkpoint import read_state, require_same_policy
 from spo_lightning.sharding import check_checkpoint
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
@@ -224,6 +225,8 @@ class SPOCLI(LightningCLI):
         if path is not None:
             check_checkpoint(path, self.trainer.strategy)
             require_same_policy(path, self.model.policy_config)
+            if self.subcommand == "fit":
+                check_resume(self.model, self.datamodule, read_state(path))
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
         for logger in self._mlflow_loggers if path is not None else []:
             logger.resume_from(self.trainer.default_root_dir)

@@ -61,7 +61,14 @@ from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
-from spo_lightning.run_checks import check_benchmarks, check_engine, check_lengths, check_run, check_trainer
+from spo_lightning.run_checks import (
+    check_benchmarks,
+    check_engine,
+    check_lengths,
+    check_resume,
+    check_run,
+    check_trainer,
+)
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
 from spo_lightning.sharding import full_parameters, full_state, is_sharding, shard_policy
 from spo_lightning.stages import StageTimer
@@ -310,7 +317,7 @@ class SPOModule(LightningModule):
             "guard": self.guard.state_dict(),
             "completions_seen": self.completions_seen,
             "tokens_seen": self.tokens_seen,
-            "optimizer": self._optimizer_name(),
+            "optimizer": self.optimizer_name,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -320,28 +327,18 @@ class SPOModule(LightningModule):
         self.tokens_seen = checkpoint["spo"]["tokens_seen"]
         self.iterations_done = checkpoint["SPODataModule"]["sampler"]["iteration"]
         if self.trainer.state.fn == TrainerFn.FITTING:
-            saved, wanted = checkpoint["spo"]["optimizer"], self._optimizer_name()
-            if saved != wanted:
-                raise ConfigError(
-                    f"the checkpoint's optimizer is {saved}, the configured one is {wanted}; its state does not carry "
-                    "over: keep the optimizer, or export the policy and start a new run from it"
-                )
-            self._reopen_finished_run(checkpoint)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_resume(self, data, checkpoint)
+            # Where num_iterations was raised, Lightning has noted that the last batch had been seen.
+            checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
             self.generation.load_state_dict(
                 checkpoint["spo"]["rollouts"], data.dataset.__getitem__, data.completions_per_prompt
             )
 
-    def _optimizer_name(self) -> str:
+    @property
+    def optimizer_name(self) -> str:
+        """Class of the configured optimizer."""
         return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])).__name__
-
-    def _reopen_finished_run(self, checkpoint: dict[str, Any]) -> None:
-        """Let a run go on whose ``num_iterations`` was raised: Lightning noted that its last batch had been seen."""
-        done = checkpoint["SPODataModule"]["sampler"]["iteration"]
-        wanted = self.trainer.datamodule.num_iterations  # type: ignore[attr-defined]
-        if done >= wanted:
-            raise ConfigError(f"the checkpoint has done {done} iterations; raise data.num_iterations={wanted} to go on")
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def export(self, directory: str | Path) -> Path:
         """Write the policy as a Hugging Face folder; returns its path. Called by all ranks, rank 0 writes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -103,6 +103,28 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         rank_zero_warn(
             f"model.sampling has top_p {module.sampling.top_p} and top_k {module.sampling.top_k}: completions come "
             "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
+        )
+
+
+def check_resume(module: SPOModule, data: SPODataModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on from the checkpoint of another run, or of one that is done.
+
+    Args:
+        module: its optimizer is compared.
+        data: with its prompts loaded.
+        checkpoint: what it holds beside weights and optimizer state.
+    """
+    saved, wanted = checkpoint["spo"]["optimizer"], module.optimizer_name
+    if saved != wanted:
+        raise ConfigError(
+            f"the checkpoint's optimizer is {saved}, the configured one is {wanted}; its state does not carry "
+            "over: keep the optimizer, or export the policy and start a new run from it"
+        )
+    data.stream.require_same_prompts(checkpoint["SPODataModule"])
+    done = checkpoint["SPODataModule"]["sampler"]["iteration"]
+    if done >= data.num_iterations:
+        raise ConfigError(
+            f"the checkpoint has done {done} iterations; raise data.num_iterations={data.num_iterations} to go on"
         )
 
 

@@ -77,10 +77,16 @@ def require_same_policy(path: Path, config: PolicyConfig) -> None:
         )
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, of a file with its tensors still on the disk, of a folder without the sharded ones."""
+    file = path / METADATA if is_sharded(path) else path
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
 def _weight_shapes(path: Path) -> dict[str, torch.Size]:
     if not is_sharded(path):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        return {name: tensor.shape for name, tensor in state.items()}
+        return {name: tensor.shape for name, tensor in read_state(path)["state_dict"].items()}
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
     of_weights = {name: entry for name, entry in entries.items() if name.startswith(("model.", "state_dict."))}
     return {

@@ -138,7 +138,8 @@ def test_a_resume_with_other_settings_is_warned_of_and_leaves_the_runs_tags(resu
     assert (tags["seed"], tags["resume_2/seed"]) == ("0", "5")
 
 
-def test_a_checkpoint_of_another_policy_is_refused_and_its_mlflow_run_left_alone(uninterrupted):
+def test_a_checkpoint_that_does_not_fit_is_refused_and_its_mlflow_run_left_alone(uninterrupted):
+    """Of another policy, of other prompts, of another optimizer, and of a run that is done."""
     from mlflow.tracking import MlflowClient
 
     folder, _ = uninterrupted
@@ -147,6 +148,13 @@ def test_a_checkpoint_of_another_policy_is_refused_and_its_mlflow_run_left_alone
         done = spo(folder, job, *arguments, "--model.policy.lora.rank=2", check=False)
         assert done.returncode == 2
         assert "is of another policy than the configured one" in done.stderr and "Traceback" not in done.stderr
+    for arguments, message in (
+        (["--data.train.max_rows=50"], "the checkpoint was made with other training prompts"),
+        (["--model.optimizer=SGD"], "the checkpoint's optimizer is AdamW, the configured one is SGD"),
+        ([f"--data.num_iterations={ITERATIONS}"], f"the checkpoint has done {ITERATIONS} iterations; raise"),
+    ):
+        done = spo(folder, "fit", *more, *arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     run = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(run_of(folder))
     assert run.info.status == "FINISHED"
     assert not [name for name in (*run.data.tags, *run.data.params) if name.startswith("resume_")]

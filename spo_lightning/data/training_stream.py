@@ -114,7 +114,19 @@ class TrainingStream:
         """Go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: the state belongs to another data set; nothing is changed then.
+            ConfigError: the state belongs to another data set; nothing is changed then.
+        """
+        self.require_same_prompts(state)
+        self.tracker.load_state_dict(state["tracker"])
+        self.history.load_state_dict(state["history"])
+        self.sampler.load_state_dict(state["sampler"])
+        self._open = Counter(state["open"].tolist())
+
+    def require_same_prompts(self, state: Mapping[str, Any]) -> None:
+        """Check that a state belongs to this data set.
+
+        Raises:
+            ConfigError: it does not.
         """
         if state["fingerprint"] != self.dataset.fingerprint:
             raise ConfigError(
@@ -123,7 +135,3 @@ class TrainingStream:
                 "resume with the same rows in the same order, the same columns and max_prompt_tokens, or start a new "
                 "run"
             )
-        self.tracker.load_state_dict(state["tracker"])
-        self.history.load_state_dict(state["history"])
-        self.sampler.load_state_dict(state["sampler"])
-        self._open = Counter(state["open"].tolist())
