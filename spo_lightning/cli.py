@@ -36,7 +36,7 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
-from spo_lightning.parser import SPOArgumentParser
+from spo_lightning.parser import SPOArgumentParser, plain_message
 from spo_lightning.run_checks import check_resume
 from spo_lightning.sharded_checkpoint import read_state, require_same_policy
 from spo_lightning.sharding import check_checkpoint
@@ -128,7 +128,7 @@ class SPOCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            _fail(str(error))
+            _fail(plain_message(str(error)))
 
     def after_instantiate_classes(self) -> None:
         """Tell the loggers where the run's files are."""

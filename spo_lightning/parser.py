@@ -38,6 +38,8 @@ SEAMS = (
     torch.optim.lr_scheduler.LRScheduler,
 )
 
+_RATES = {"lr", "learning_rate"}  # names of model.optimizer.init_args.lr in other trainers
+
 _discard = _typehints.discard_init_args_on_class_path_change
 
 
@@ -82,29 +84,70 @@ class SPOArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        print(f"error: {message}{_suggestion(message, parser)}", file=sys.stderr)
+        print(f"error: {plain_message(message)}{_suggestion(message, parser)}", file=sys.stderr)
         print(f"every key: {parser.prog.replace(' [options]', '')} --help", file=sys.stderr)
         self.exit(2)
+
+
+_UNION = (
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[<class '[\w.]+'>, <class 'NoneType'>\]"
+    r"\s+Errors:\s+- "
+)
+_NO_NULL = r"\s+- Expected a <class 'NoneType'>"
+
+
+def plain_message(message: str) -> str:
+    """Jsonargparse's message without its own objects, and with keys as they are typed."""
+    optional = re.search(f"{_UNION}(.*?){_NO_NULL}.*", message, re.DOTALL)
+    if optional:
+        message = message[: optional.start()] + optional[1]
+    message = re.sub(r"(is not accepted)\. Got value: Namespace\(.*", r"\1", message, flags=re.DOTALL)
+    required, sign, keys = message.partition("arguments are required: ")
+    return required + sign + re.sub(r"\b[a-z]+\.(\w+)", r"--\1", keys)
 
 
 def _suggestion(message: str, parser: Any) -> str:
     """The keys, or the classes, that were probably meant; empty when nothing is close."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
-    wrong_class = re.search(r"Expected a dot import path string: (\w+)", message)
+    config = re.search(r"unrecognized arguments: (\S+\.ya?ml)", message)
+    wrong_class = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)', message, re.DOTALL)
     option = re.search(r"Option '(\w+)' is not accepted", message)
     chosen = re.search(r"class_path[ =]'([\w.]+)'", message)
     missing = re.search(r'Parser key "([\w.]+)":\s+Expected .* Got value: None', message)
+    rows = re.search(
+        r'"([\w.]+)".*Invalid content in sub-config file (\S+\.(?:jsonl?|csv|parquet))', message, re.DOTALL
+    )
+    if config:
+        return f"\nDid you mean: --config {config[1]}?"
+    if rows:
+        return f"\nDid you mean: --{rows[1]}.path {rows[2]}?"
     if missing:
+        if "".join(sys.argv[1:2]).startswith("--config"):
+            return f"\n{missing[1]} needs a value: --config goes behind the job, as in spo fit {sys.argv[1]} ..."
         return f"\n{missing[1]} needs a value; give it, or a configuration such as --config configs/quickstart.yaml"
     if unknown:
         meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
+        if meant.rpartition(".")[2] in _RATES:
+            return "\nDid you mean: model.optimizer.init_args.lr?"
     elif wrong_class:
-        meant, known = wrong_class.group(1), sorted({name for base in SEAMS for name in _class_names(base)})
+        return _classes(wrong_class[2], wrong_class[1], parser)
     elif option and chosen:
-        meant, known = option[1], _arguments(chosen[1])
+        meant, known = "lr" if option[1] in _RATES else option[1], _arguments(chosen[1])
     else:
         return ""
     matches = difflib.get_close_matches(meant, known, n=3)
+    return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
+
+
+def _classes(name: str, key: str, parser: Any) -> str:
+    """Names that a key takes, near the one given, or all of them where that is a class of another kind."""
+    action = next((action for action in parser._actions if action.dest == key), None)
+    types = {str(action._typehint)} if isinstance(action, _typehints.ActionTypeHint) else set()
+    bases = [base for base in SEAMS if any(base.__name__ in text for text in types)] or list(SEAMS)
+    known = sorted({name for base in bases for name in _class_names(base)})
+    if len(bases) == 1 and any(name in _class_names(base) for base in SEAMS):
+        return f"\n{name} is no {bases[0].__name__}; there are {', '.join(known)}, or your.module.Class"
+    matches = difflib.get_close_matches(name, known, n=3)
     return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
 
 
@@ -117,4 +160,5 @@ def _arguments(class_path: str) -> list[str]:
 
 def _class_names(base: type) -> list[str]:
     children: list[type] = base.__subclasses__()
-    return [child.__name__ for child in children] + [name for child in children for name in _class_names(child)]
+    names = [child.__name__ for child in children if not child.__name__.startswith("LazyInstance")]
+    return names + [name for child in children for name in _class_names(child)]

@@ -259,12 +259,22 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--model.engine=VLLMServeEngine"], ["Did you mean: VLLMServerEngine, VLLMEngine"]),
         (["--model.policy.lora.ranc=3"], ["Option 'ranc' is not accepted", "Did you mean: rank?"]),
         (["--model.optimizer.lrr=3"], ["Option 'lrr' is not accepted", "Did you mean: lr?"]),
+        (["--model.learning_rate=3"], ["Did you mean: model.optimizer.init_args.lr?"]),
+        (["--model.optimizer.learning_rate=3"], ["Option 'learning_rate' is not accepted\nDid you mean: lr?"]),
+        (["--model.advantage=PPOClipLoss"], ["PPOClipLoss is no AdvantageEstimator; there are GroupNormalized, "]),
+        (["--model.loss=LazyInstance"], ["Expected a dot import path string: LazyInstance\nevery key"]),
+        (["--data.train=configs/quickstart/train.jsonl"], ["mean: --data.train.path configs/quickstart/train.jsonl?"]),
+        (
+            ["--data.train.answer_pattern=(("],
+            ["error: bad prompt source: answer_pattern '((' is no reg", "correct it\n"],
+        ),
+        (["more.yaml"], ["unrecognized arguments: more.yaml\nDid you mean: --config more.yaml?"]),
         (["--data.batch_size=null"], ["data.batch_size needs a value"]),
         (["--checkpoint.dirpath=README.md"], ["checkpoint.dirpath needs the folder README.md"]),
         (["--export_policy.dirpath=tests"], ["tests exists and is no exported model"]),
         (["--trainer.logger.tracking_uri=sqlite:////dev/null/x/m.db"], ["tracking_uri needs the folder /dev/null/x"]),
     ],
-    ids=lambda value: value[0] if value[0].startswith("--") else "",
+    ids=lambda value: value[0] if value[0].startswith(("--", "more.yaml")) else "",
 )
 def test_mistakes_end_with_a_message(tmp_path, monkeypatch, capfd, arguments, words):
     """In this process, which has everything imported already."""
@@ -279,12 +289,21 @@ def test_mistakes_end_with_a_message(tmp_path, monkeypatch, capfd, arguments, wo
     assert "Run " not in output  # the summary of what was done
 
 
-def test_a_run_without_configuration_is_told_what_is_missing(monkeypatch, capfd):
-    monkeypatch.setattr("sys.argv", ["spo", "fit"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "model.policy.path needs a value; give it, or a configuration such as --config"),
+        (["--config=configs/quickstart.yaml", "fit"], "--config goes behind the job, as in spo fit --config=configs/"),
+        (["export", "--config=configs/quickstart.yaml"], "arguments are required: --ckpt_path, --output"),
+    ],
+)
+def test_a_run_is_told_what_is_missing(monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo", *arguments])
     with pytest.raises(SystemExit) as end:
         SPOCLI()
     assert end.value.code == 2
-    assert "model.policy.path needs a value; give it, or a configuration such as --config" in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 def test_a_mistake_ends_the_program_with_status_2_and_no_traceback(tmp_path):
