@@ -5,8 +5,9 @@ Names load on first use, so that a grader's worker process imports no more than 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from spo_lightning.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from spo_lightning.rewards.exact_match import ExactMatchReward as ExactMatchReward
@@ -22,8 +23,4 @@ _MODULES = {
 __all__ = ["ExactMatchReward", "FunctionReward", "MathVerifyReward"]
 
 
-def __getattr__(name: str) -> object:
-    """Load a reward class on first use. Raises AttributeError on a name this package does not have."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -5,8 +5,9 @@ Names load on first use, so that a sandbox's process imports no more than it nee
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from spo_lightning.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from spo_lightning.tools.formats import ChatTemplateCalls as ChatTemplateCalls
@@ -44,8 +45,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Load a class on first use. Raises AttributeError on a name this package does not have."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
