@@ -57,7 +57,19 @@ class _Quiet(logging.Filter):
         return not ("Tip:" in message or message.startswith("`Trainer.fit` stopped: `max_epochs=1`"))
 
 
+_format_warning = warnings.formatwarning
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are about the run, not about a line of the program."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if ours else _format_warning(message, category, filename, lineno, line)
+
+
 def _quiet() -> None:
+    warnings.formatwarning = _plain_warning
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
     transformers.utils.logging.disable_progress_bar()
     # torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer

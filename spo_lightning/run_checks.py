@@ -89,6 +89,10 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         )
     check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
     _check_collection(module, data)
+    if data.sampler.num_distinct > len(data.dataset):
+        rank_zero_warn(
+            f"an iteration draws {data.sampler.num_distinct} of {len(data.dataset)} prompts: they repeat in a batch"
+        )
     if module.num_minibatches > data.batch_size:
         rank_zero_warn(
             f"model.num_minibatches is {module.num_minibatches} and data.batch_size {data.batch_size}: an iteration "

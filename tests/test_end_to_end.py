@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import inspect
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spo_lightning.cli import SPOCLI
+from spo_lightning.cli import SPOCLI, _plain_warning
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 8
@@ -304,6 +305,12 @@ def test_a_run_is_told_what_is_missing(monkeypatch, capfd, arguments, message):
         SPOCLI()
     assert end.value.code == 2
     assert message in capfd.readouterr().err
+
+
+def test_warnings_about_a_run_name_no_line_of_the_program():
+    ours, others = inspect.getfile(SPOCLI), inspect.getfile(pytest)
+    assert _plain_warning("too long", UserWarning, ours, 7) == "warning: too long\n"
+    assert f"{others}:7" in _plain_warning("old", DeprecationWarning, others, 7)
 
 
 def test_a_mistake_ends_the_program_with_status_2_and_no_traceback(tmp_path):

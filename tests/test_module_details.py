@@ -415,6 +415,15 @@ def test_the_engine_sleeps_while_a_checkpoint_is_restored_or_saved(tmp_path):
 # Precision and warnings
 
 
+def test_prompts_that_repeat_within_a_batch_are_warned_of_once(tmp_path):
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 1, "batch_size": 9})
+    data.setup("fit")  # as the command line does, to find mistakes early
+    with pytest.warns(UserWarning) as warned:
+        trainer.fit(module, data)
+    texts = [str(warning.message) for warning in warned]
+    assert texts.count("an iteration draws 9 of 8 prompts: they repeat in a batch") == 1
+
+
 def test_completions_that_the_context_cuts_are_said_so(tmp_path):
     """The tiny policy has 256 positions; prompts have one token to three."""
     benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1, 1)}

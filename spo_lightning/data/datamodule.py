@@ -232,10 +232,6 @@ class SPODataModule(LightningDataModule):
             num_prompts * self.completions_per_prompt,
         )
         self._has_start = False
-        if self.sampler.num_distinct > len(self.dataset):
-            rank_zero_warn(
-                f"an iteration draws {self.sampler.num_distinct} of {len(self.dataset)} prompts: they repeat in a batch"
-            )
         if self._pending_state is not None:
             self._restore(self._pending_state)
             self._pending_state = None
