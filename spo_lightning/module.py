@@ -63,6 +63,7 @@ from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.run_checks import (
     check_benchmarks,
+    check_calls,
     check_engine,
     check_lengths,
     check_resume,
@@ -260,6 +261,7 @@ class SPOModule(LightningModule):
             self.engine, self.reward, self.tool_use, self.ranks, self.stages, self.collection, self.sampling, self.seed
         )
         if stage == "fit":
+            check_calls(self)
             check_trainer(self)
 
     def on_fit_start(self) -> None:

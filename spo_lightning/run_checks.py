@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, OffPolicyCorrection, PolicyLoss
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.errors import ConfigError
 from spo_lightning.intervals import AVERAGE
@@ -28,6 +30,28 @@ def check_engine(module: SPOModule) -> None:
             "at the same moment; take an engine for each rank (tensor_parallel_size 1) or vLLM servers, or set "
             "model.tool_use to null"
         )
+
+
+def check_calls(module: SPOModule) -> None:
+    """Refuse parts of the algorithm, of the user's own, that cannot be called as they will be."""
+    for name, base in (
+        ("advantage", AdvantageEstimator),
+        ("correction", OffPolicyCorrection),
+        ("drift", DriftEstimator),
+        ("loss", PolicyLoss),
+    ):
+        part = getattr(module, name)
+        if part is None:
+            continue
+        _, *given = inspect.signature(base.__call__).parameters
+        signature = inspect.signature(part.__call__)
+        try:
+            signature.bind(*given)
+        except TypeError as error:
+            raise ConfigError(
+                f"model.{name} is {type(part).__name__}, which cannot be called: {error}; it takes {signature} and is "
+                f"given ({', '.join(given)})"
+            ) from error
 
 
 def check_trainer(module: SPOModule) -> None:

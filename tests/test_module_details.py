@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
 
-from spo_lightning.algorithms import TokenNormalized
+from spo_lightning.algorithms import AdvantageEstimator, PolicyLoss, TokenNormalized
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource, ValueFile, ValueRow, write_values
 from spo_lightning.errors import ConfigError
@@ -413,6 +413,27 @@ def test_the_engine_sleeps_while_a_checkpoint_is_restored_or_saved(tmp_path):
 
 
 # Precision and warnings
+
+
+class ShortLoss(PolicyLoss):
+    def __call__(self, logprobs, advantages):
+        return (-logprobs * advantages).mean()
+
+
+class OpenAdvantage(AdvantageEstimator):
+    def __call__(self, reward, *others, **more):
+        return reward - reward.mean()
+
+
+def test_parts_of_an_algorithm_that_cannot_be_called_are_refused_before_anything_is_loaded(tmp_path):
+    trainer, module, data = make_run(tmp_path, loss=ShortLoss())
+    with pytest.raises(
+        ConfigError, match=r"model.loss is ShortLoss.*it takes \(logprobs, advantages\) and is given \(policy_log"
+    ):
+        trainer.fit(module, data)
+    assert not hasattr(module, "policy")
+    trainer, module, data = make_run(tmp_path, advantage=OpenAdvantage(), correction=None)
+    trainer.fit(module, data)
 
 
 def test_prompts_that_repeat_within_a_batch_are_warned_of_once(tmp_path):
