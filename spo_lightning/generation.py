@@ -59,7 +59,7 @@ class Generation:
         self._batches = BatchCollector(ranks, collection, sampling, seed, stages)
         self._collector: RolloutCollector | None = None
         self.has_weights = False
-        """Whether anything was pushed since the engine was started."""
+        """Whether the engine is awake and was pushed to since it was started."""
 
     @property
     def collector(self) -> RolloutCollector:
@@ -117,8 +117,13 @@ class Generation:
             )
         else:
             collected = self._batches.collect(batch, self.collector)
-        self.engine.sleep()
+        self.sleep()
         return collected
+
+    def sleep(self) -> None:
+        """Let the engine give its memory back; until the next push nothing can be sampled."""
+        self.engine.sleep()
+        self.has_weights = False
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams, seeds: Sequence[int]) -> list[Rollout]:
         """Complete prompts of this rank, wait for all, and grade them; their calls of tools are not counted.

@@ -83,7 +83,8 @@ def _learn(
     known = {row: experience.sampling_logprobs[row] for row in engines} | dict(zip(later, scored, strict=False))
     with module.stages("update"):
         metrics, own = _update(module, experience, minibatches, known, iteration)
-    ordered = [(known | own)[row] for row in range(len(experience))]
+    old_logprobs = known | own
+    ordered = [old_logprobs[row] for row in range(len(experience))]
     outcome = _outcome(collected, dict(zip(rows, ordered, strict=True)), drifts, module.drift_max_tokens)
     reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
     metrics |= learning_metrics(reward, baseline, experience.advantages)

@@ -270,7 +270,7 @@ class SPOModule(LightningModule):
         check_run(self, data, self.ranks.gather(data.sampler.iteration))
         self._start_engine()
         check_lengths(self, {"train": data.dataset, **data.benchmark_prompts})
-        self.generation.engine.sleep()
+        self.generation.sleep()
 
     def on_validation_start(self) -> None:
         """Check the benchmarks' answers and lengths; during ``fit`` that has been done."""
@@ -395,7 +395,7 @@ class SPOModule(LightningModule):
         return score(self.policy, sequences, self.micro_batching, self.ranks)
 
     def add_gradient(self, loss: Tensor, last: bool) -> None:
-        """Add a micro-batch's gradient; replicas of the policy, under DDP all ranks, meet at the last one only."""
+        """Add a micro-batch's gradient; under DDP all ranks, under FSDP2 replicas, meet at the last one only."""
         model = self.trainer.model
         if isinstance(self.policy, FSDPModule):
             self.policy.set_requires_all_reduce(last)
@@ -404,12 +404,19 @@ class SPOModule(LightningModule):
 
     # Benchmarks and the tracker's start
 
+    @property
+    def answered_by(self) -> str | None:
+        """The checkpoint whose weights answer, or what it would be called; ``None`` for the initial policy."""
+        if self.trainer.ckpt_path is not None:
+            return str(self.trainer.ckpt_path)
+        return f"iteration-{self.iterations_done:06d}" if self.iterations_done else None
+
     def on_validation_epoch_start(self) -> None:
         """Make ready to answer benchmarks with the present policy; completions are kept outside of ``fit``."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._push_weights(max((d.longest for d in data.benchmark_prompts.values()), key=lambda p: len(p.token_ids)))
         stage = cast(TrainerFn, self.trainer.state.fn)
-        place = (self.trainer.default_root_dir, stage.value, self.trainer.ckpt_path)
+        place = (self.trainer.default_root_dir, stage.value, self.answered_by)
         self.generations_folder = None if stage == TrainerFn.FITTING else answered_folder(*place)
         self.benchmark_results = {}
         self._evaluation = Evaluation(
@@ -433,7 +440,7 @@ class SPOModule(LightningModule):
         """Log the metrics of every benchmark as ``val/<name>/…``; within ``fit`` a checkpoint may follow."""
         self._log_benchmarks("val")
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.generation.engine.sleep()
+            self.generation.sleep()
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every benchmark as ``test/<name>/…``, with intervals, and their average."""
@@ -484,7 +491,7 @@ class SPOModule(LightningModule):
             with_tools=self.tool_use is not None,
             policy=self.policy_config.path,
             revision=self.policy_config.revision,
-            checkpoint=None if self.trainer.ckpt_path is None else str(self.trainer.ckpt_path),
+            checkpoint=self.answered_by,
             sampling=asdict(self.eval_sampling),
             seed=self.seed,
             reward=type(self.reward).__name__,

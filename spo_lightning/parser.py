@@ -103,7 +103,7 @@ def plain_message(message: str) -> str:
         message = message[: optional.start()] + optional[1]
     message = re.sub(r"(is not accepted)\. Got value: Namespace\(.*", r"\1", message, flags=re.DOTALL)
     required, sign, keys = message.partition("arguments are required: ")
-    return required + sign + re.sub(r"\b[a-z]+\.(\w+)", r"--\1", keys)
+    return required + sign + re.sub(r"(?<![\w.-])(?:(?:fit|validate|test|estimate|export)\.)?(\w[\w.]*)", r"--\1", keys)
 
 
 def _suggestion(message: str, parser: Any) -> str:
@@ -115,7 +115,7 @@ def _suggestion(message: str, parser: Any) -> str:
     chosen = re.search(r"class_path[ =]'([\w.]+)'", message)
     missing = re.search(r'Parser key "([\w.]+)":\s+Expected .* Got value: None', message)
     rows = re.search(
-        r'"([\w.]+)".*Invalid content in sub-config file (\S+\.(?:jsonl?|csv|parquet))', message, re.DOTALL
+        r'"(data\.train)".*Invalid content in sub-config file (\S+\.(?:jsonl?|csv|parquet))', message, re.DOTALL
     )
     if config:
         return f"\nDid you mean: --config {config[1]}?"
@@ -147,7 +147,8 @@ def _classes(name: str, key: str, parser: Any) -> str:
     known = sorted({name for base in bases for name in _class_names(base)})
     if len(bases) == 1 and any(name in _class_names(base) for base in SEAMS):
         return f"\n{name} is no {bases[0].__name__}; there are {', '.join(known)}, or your.module.Class"
-    matches = difflib.get_close_matches(name, known, n=3)
+    everything = [name for base in SEAMS for name in _class_names(base)]
+    matches = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name, everything, n=3)
     return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
 
 
@@ -160,5 +161,5 @@ def _arguments(class_path: str) -> list[str]:
 
 def _class_names(base: type) -> list[str]:
     children: list[type] = base.__subclasses__()
-    names = [child.__name__ for child in children if not child.__name__.startswith("LazyInstance")]
+    names = [child.__name__ for child in children if not child.__name__.startswith(("LazyInstance", "_"))]
     return names + [name for child in children for name in _class_names(child)]

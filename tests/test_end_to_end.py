@@ -263,6 +263,7 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
         (["--model.learning_rate=3"], ["Did you mean: model.optimizer.init_args.lr?"]),
         (["--model.optimizer.learning_rate=3"], ["Option 'learning_rate' is not accepted\nDid you mean: lr?"]),
         (["--model.advantage=PPOClipLoss"], ["PPOClipLoss is no AdvantageEstimator; there are GroupNormalized, "]),
+        (["--model.advantage=PPOClipLos"], ["Did you mean: PPOClipLoss?"]),
         (["--model.loss=LazyInstance"], ["Expected a dot import path string: LazyInstance\nevery key"]),
         (["--data.train=configs/quickstart/train.jsonl"], ["mean: --data.train.path configs/quickstart/train.jsonl?"]),
         (
@@ -305,6 +306,13 @@ def test_a_run_is_told_what_is_missing(monkeypatch, capfd, arguments, message):
         SPOCLI()
     assert end.value.code == 2
     assert message in capfd.readouterr().err
+
+
+def test_what_is_missing_outside_of_a_job_is_named_as_it_is_typed(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["notebook"])
+    with pytest.raises(SystemExit):
+        SPOCLI(["--model.policy.path=configs/quickstart/policy"], run=False)
+    assert "arguments are required: --model.reward, --data.num_iterations" in capfd.readouterr().err
 
 
 def test_warnings_about_a_run_name_no_line_of_the_program():

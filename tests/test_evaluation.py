@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 
 from spo_lightning.data import Benchmark, PromptSource
 from spo_lightning.evaluation import BenchmarkEvaluator, benchmark_rows
+from spo_lightning.generation_files import read_generations
 from spo_lightning.protocols import Reward
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.types import Completion, Grade, Prompt, SamplingParams
@@ -102,3 +103,15 @@ def test_test_runs_alone_and_repeats_itself(tmp_path):
     trainer, module, data = make_run(tmp_path, data=benchmarks(tmp_path), seed=1)
     other = trainer.test(module, data)[0]
     assert other["test/b/mean_length"] != results[0]["test/b/mean_length"]
+
+
+def test_answers_after_training_are_not_kept_as_the_initial_policys(tmp_path):
+    trainer, module, data = make_run(tmp_path, data=benchmarks(tmp_path) | {"num_iterations": 2})
+    kept = []
+    for job in (trainer.validate, trainer.fit, trainer.validate):
+        job(module, data)
+        kept.append(module.generations_folder)
+    folder = tmp_path / "generations" / "validate"
+    assert kept[0] == folder / "initial" and kept[2] == folder / "iteration-000002"
+    settings = [read_generations([folder / "b.parquet"])["b"][0] for folder in (kept[0], kept[2])]
+    assert [found.checkpoint for found in settings] == [None, "iteration-000002"]

@@ -412,6 +412,15 @@ def test_the_engine_sleeps_while_a_checkpoint_is_restored_or_saved(tmp_path):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_start_is_drawn_behind_a_validation_too(tmp_path):
+    """Which leaves the engine asleep."""
+    benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1, 1)}
+    data = {"num_iterations": 1, "benchmarks": benchmarks, "value_start": DrawValues(1)}
+    trainer, module, data = make_run(tmp_path, data=data, trainer={"num_sanity_val_steps": 1})
+    trainer.fit(module, data)
+    assert data.start_completions == 8
+
+
 # Precision and warnings
 
 

@@ -231,6 +231,17 @@ def test_columns_lie_within_records_too(tmp_path, plain, monkeypatch, kind):
         load(path, plain, answer_column="reward_model")
 
 
+def test_an_empty_cell_stays_empty_within_records_and_beside_them(tmp_path, plain):
+    rows = [
+        {"prompt": "a", "answer": 1, "x": {"value": None, "id": "p"}, "x.id": None},
+        {"prompt": "b", "answer": 2, "x": {"value": None, "id": "q"}, "x.id": "own"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert load(path, plain, value_column="x.value").start_values.isnan().all()
+    with pytest.raises(ValueError, match="row 1: column 'x.id' is empty"):
+        load(path, plain, answer_column="x.id")
+
+
 # Errors: value, rule, remedy
 
 GOOD = '{"prompt": "a", "answer": 1}\n'

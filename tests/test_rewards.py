@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from fractions import Fraction
@@ -207,7 +208,8 @@ def of_a_batch(completions, **columns):
 )
 def test_function_reward_finds_the_answer_that_votes(pattern: str | None, answer: str | None) -> None:
     text = r"#### 41, \boxed{7}, 3 apples, #### 42"
-    assert FunctionReward(length_reward, pattern).grade([text], [""], ["p"])[0].answer == answer
+    reward = pickle.loads(pickle.dumps(FunctionReward(length_reward, pattern)))  # to processes of a user's own
+    assert reward.grade([text], [""], ["p"])[0].answer == answer
     with pytest.raises(ValueError, match="with 2 groups; only the answer"):
         FunctionReward(length_reward, "(a)(b)")
 

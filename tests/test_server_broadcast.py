@@ -345,6 +345,39 @@ def test_what_fails_on_rank_0_alone_is_said_at_once(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_group_is_left_that_formed_here_and_failed_at_the_server(
+    trainer: Trainer, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the server's answer, or after it, when nobody waits for the group any more."""
+    made, refused = [], threading.Event()
+
+    class Formed(Stuck):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__()
+            assert not late or refused.wait(10)
+            made.append(self)
+
+    async def refuse(_: object) -> None:
+        while not (late or made):
+            await asyncio.sleep(0.01)
+        refused.set()
+        raise ServerUnavailable("the server ran out of memory")
+
+    monkeypatch.setattr("spo_lightning.rollouts.server_broadcast.WeightGroup", Formed)
+
+    async def run() -> None:
+        async with clients_of(NetworkServer()) as (client,):
+            monkeypatch.setattr(client, "join_transfer", refuse)
+            link = trainer.transfer.link(0)
+            with pytest.raises(ServerUnavailable, match="ran out of memory"):
+                await link.connect(client)
+            await until(lambda: made and made[0].closed.is_set())
+            assert link._group is None
+
+    asyncio.run(run())
+
+
 def test_a_group_that_cannot_be_aborted_is_lost_and_left_all_the_same() -> None:
     """A stand-in for NCCL's, whose abort raises where the other member is gone."""
 

@@ -106,7 +106,7 @@ def _next_step(trainer: Trainer) -> tuple[str, str]:
 
 
 def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:
-    answered = module.policy_config.path if trainer.ckpt_path is None else f"checkpoint {trainer.ckpt_path}"
+    answered = module.policy_config.path if module.answered_by is None else f"checkpoint {module.answered_by}"
     rows = [("completions", f"{module.generations_folder}/*.parquet; spo score computes the table from them")]
     rows += [place for place in _places(trainer, module) if "checkpoint" not in place[0]]
     print(f"\nBenchmarks of {answered}\n\n{render_table(module.benchmark_results)}\n")

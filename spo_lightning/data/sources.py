@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_ABSENT = object()
 _Table = tuple[Sequence[str], Iterable[Row]]
 
 
@@ -142,16 +143,19 @@ def _select(where: str, table: _Table, columns: Sequence[str], max_rows: int | N
     whole = list(islice(rows, max_rows))
     if not whole:
         raise ValueError(f"{where} has no rows; a data set needs at least one")
-    selected = [{column: _cell(row, column) for column in columns} for row in whole]
-    for column in set(columns) - set(available):
-        if all(row[column] is None for row in selected):
-            record = _record_of(column)
-            held = next((row[record] for row in whole if row.get(record)), None)
+    selected: list[Row] = [{} for _ in whole]
+    for column in columns:
+        path = [column] if column in available else column.split(".")
+        cells = [_cell(row, path) for row in whole]
+        if column not in available and all(cell is _ABSENT for cell in cells):
+            held = next((row[path[0]] for row in whole if row.get(path[0])), None)
             raise ValueError(
-                f"{where} has no {column!r}: its column {record!r} holds "
+                f"{where} has no {column!r}: its column {path[0]!r} holds "
                 f"{', '.join(map(repr, held)) if isinstance(held, dict) else 'no records'}; set the column option to "
                 "what is there"
             )
+        for row, cell in zip(selected, cells, strict=True):
+            row[column] = None if cell is _ABSENT else cell
     return selected
 
 
@@ -164,13 +168,11 @@ def _with_records(columns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*columns, *map(_record_of, columns)]))
 
 
-def _cell(row: Row, column: str) -> Any:
-    """The value of a column, or of one within the records of another."""
-    if column in row and row[column] is not None:
-        return row[column]
-    cell: Any = row.get(_record_of(column))
-    for name in column.split(".")[1:]:
-        cell = cell.get(name) if isinstance(cell, dict) else None
+def _cell(row: Row, path: Sequence[str]) -> Any:
+    """The value that a path leads to, through records; ``_ABSENT`` where a record lacks the next name."""
+    cell: Any = row
+    for name in path:
+        cell = cell.get(name, _ABSENT) if isinstance(cell, dict) else _ABSENT
     return cell
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:\\(?!boxed|fbox)|[{}])|[{}]")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\\[,!;: ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
@@ -97,9 +98,9 @@ def answer_finder(pattern: str | None) -> Callable[[str], str | None]:
         raise ValueError(
             f"pattern is {pattern!r} with {regex.groups} groups; only the answer may be one, the others need (?:...)"
         )
+    return partial(_last_match, regex)
 
-    def find(text: str) -> str | None:
-        matches = regex.findall(text)
-        return matches[-1].strip() or None if matches else None
 
-    return find
+def _last_match(regex: re.Pattern[str], text: str) -> str | None:
+    matches = regex.findall(text)
+    return matches[-1].strip() or None if matches else None

@@ -156,8 +156,22 @@ class BroadcastLink(WeightLink):
             return
         info = await self._info(client)
         device = self._transfer.settings.device
-        joining = _in_thread(lambda: WeightGroup(info, 0, device))
-        self._group = await _both(client.join_transfer(info.as_dict()), joining, lambda: None)
+        made: list[WeightGroup] = []
+        given_up = threading.Event()
+
+        def join() -> WeightGroup:
+            made.append(WeightGroup(info, 0, device))
+            if given_up.is_set():
+                made[0].close()
+            return made[0]
+
+        try:
+            self._group = await _both(client.join_transfer(info.as_dict()), _in_thread(join), lambda: None)
+        except BaseException:
+            given_up.set()
+            for group in made:
+                _close(group)
+            raise
         log.info("%s takes weights by %s from %s:%d", client.url, info.backend, info.address, info.port)
 
     async def send(self, client: ServerClient, weights: PushedWeights) -> None:
