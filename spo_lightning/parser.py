@@ -142,12 +142,12 @@ def _suggestion(message: str, parser: Any) -> str:
 def _classes(name: str, key: str, parser: Any) -> str:
     """Names that a key takes, near the one given, or all of them where that is a class of another kind."""
     action = next((action for action in parser._actions if action.dest == key), None)
-    types = {str(action._typehint)} if isinstance(action, _typehints.ActionTypeHint) else set()
-    bases = [base for base in SEAMS if any(base.__name__ in text for text in types)] or list(SEAMS)
+    wanted = str(action._typehint) if isinstance(action, _typehints.ActionTypeHint) else ""
+    bases = [base for base in SEAMS if base.__name__ in wanted] or list(SEAMS)
     known = sorted({name for base in bases for name in _class_names(base)})
-    if len(bases) == 1 and any(name in _class_names(base) for base in SEAMS):
-        return f"\n{name} is no {bases[0].__name__}; there are {', '.join(known)}, or your.module.Class"
     everything = [name for base in SEAMS for name in _class_names(base)]
+    if len(bases) == 1 and name in everything:
+        return f"\n{name} is no {bases[0].__name__}; there are {', '.join(known)}, or your.module.Class"
     matches = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name, everything, n=3)
     return f"\nDid you mean: {', '.join(matches)}?" if matches else ""
 
