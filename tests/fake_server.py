@@ -37,6 +37,7 @@ class FakeServer:
         open_update: whether an update has begun that has not ended.
         known_tokens: from which on it was told to sample none.
         transfer, device: name of its weight-transfer back end, and of its device.
+        sizes: of its model, as far as it tells.
         multimodal: whether it has loaded more than a language model.
         status: answered to generation requests.
         token_ids: whether each log-probability comes with its token.
@@ -54,6 +55,7 @@ class FakeServer:
         self.groups: list[GroupInfo] = []
         self.received: list[list[Tensor]] = []
         self.workers, self.copies, self.device, self.multimodal = 1, 1, "cpu", False
+        self.sizes: dict[str, int] = {}
         self.calls: list[str] = []
         self.resets, self.open_update = True, False
         self.known_tokens: int | None = None
@@ -166,6 +168,7 @@ class FakeServer:
             limits = {"max_model_len": 100_000, "vocab_size": 64, "max_logprobs": 1}
             result: Any = {"model": "policy", "dtype": "float32", "logprobs_mode": "processed_logprobs", **limits}
             result |= {"weight_transfer": self.transfer, "device": self.device, "multimodal": self.multimodal}
+            result |= {"sizes": self.sizes}
         elif body["method"] == "spo_end_update":
             result, self.open_update = None, False
         elif body["method"] == "spo_hide_tokens":

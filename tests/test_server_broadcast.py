@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer
 from spo_lightning.rollouts.server_checks import ServerCheck, connect
@@ -230,7 +231,7 @@ def test_a_server_that_cannot_reach_the_trainer_says_why_before_it_is_paused(tra
             with pytest.raises(ServerUnavailable, match="cannot join the trainer's group: no group at 10.0.0.1:5"):
                 await client.load(trainer.weights(7), "v7", link)
             assert server.calls == []
-            with pytest.raises(RuntimeError, match=f"weights cannot be sent to the server {server.url}: cannot join"):
+            with pytest.raises(ConfigError, match=f"weights cannot be sent to the server {server.url}: cannot join"):
                 await connect(client, link)
             await connect(client, None)  # a rank that does not push
 
@@ -245,7 +246,7 @@ def test_an_engine_forms_its_groups_as_it_starts_and_leaves_them_when_that_fails
         thread.run(server.start())
     engine = VLLMServerEngine([good.url, bad.url])
     try:
-        with pytest.raises(RuntimeError, match=f"weights cannot be sent to the server {bad.url}: cannot join"):
+        with pytest.raises(ConfigError, match=f"weights cannot be sent to the server {bad.url}: cannot join"):
             engine.start(context)
         assert len(bad.groups) == 1 and engine.num_open == 0
         bad.join_problem = ""

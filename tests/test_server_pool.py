@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext
 from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerClient
@@ -390,6 +391,63 @@ def test_a_server_of_an_older_vllm_is_refused(tmp_path: Path) -> None:
         engine.close()
         thread.run(server.stop())
         thread.stop()
+
+
+def test_a_server_of_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    """Though its folder is called the same."""
+    make_model(tmp_path / "policy")
+    thread, server = LoopThread("fake"), FakeServer(sizes={"hidden_size": 64, "vocab_size": 51})
+    thread.run(server.start())
+    engine = VLLMServerEngine([server.url])
+    try:
+        with pytest.raises(ConfigError, match=r"its model has hidden_size 64, the policy 32: start it with the policy"):
+            engine.start(EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,)))
+    finally:
+        engine.close()
+        thread.run(server.stop())
+        thread.stop()
+
+
+def test_who_waits_for_a_server_says_so(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("spo_lightning.rollouts.server_checks.TELL_AFTER", 0.2)
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session:
+            client = ServerClient("http://127.0.0.1:9", session, 1.0, 1.0, 1.0)
+            with pytest.raises(ConfigError, match="the server http://127.0.0.1:9 did not answer within 2 s"):
+                await ServerCheck("policy", None, 49).wait(client, 2.0)
+
+    asyncio.run(run())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("waiting for http://127.0.0.1:9, up to 2 s: ")
+
+
+def test_bad_urls_are_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"urls holds 127\.0\.0\.1:8000, http://a:8000/v1; each must begin with http://"
+    ):
+        VLLMServerEngine(["127.0.0.1:8000", "http://a:8000/v1/", "http://b:8000"])
+
+
+def test_a_loop_that_stops_ends_what_runs_on_it() -> None:
+    """Without a word of Python's about tasks that were destroyed."""
+    ended = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def begin() -> asyncio.Task[None]:
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        return task
+
+    thread = LoopThread("loop")
+    task = thread.run(begin())
+    thread.stop()
+    assert ended == [True] and task.cancelled()
 
 
 def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp_path: Path, monkeypatch) -> None:

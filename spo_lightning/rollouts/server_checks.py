@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_weights import WeightLink
 from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND
 
 RETRY_INTERVAL = 0.5  # seconds
+TELL_AFTER = 5.0  # seconds
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +42,14 @@ class ServerCheck:
         max_model_len: length that the server must take; ``None`` takes what it has.
         known_tokens: ids below are the tokenizer's; a server that is fit is told to sample no others.
         language_model_only: whether the policy is not all of its checkpoint (see ``PolicyParameters``).
+        sizes: of the policy, by the names of ``MODEL_SIZES``.
     """
 
     model_path: str
     max_model_len: int | None
     known_tokens: int
     language_model_only: bool = False
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
 
     async def __call__(self, client: ServerClient) -> Limits:
         """Ask a server, and tell it which tokens there are.
@@ -60,6 +67,9 @@ class ServerCheck:
                 f"it serves {found['model']!r}, the policy is {self.model_path!r}: start it with that model, or with "
                 f"--served-model-name {self.model_path} if it is a copy"
             )
+        for name, size in found["sizes"].items():
+            if size != (mine := self.sizes.get(name, size)):
+                problems.append(f"its model has {name} {size}, the policy {mine}: start it with the policy")
         if found["multimodal"] and self.language_model_only:
             problems.append(
                 "it has loaded an encoder of images, which would be missing from what is pushed: start it with "
@@ -95,10 +105,9 @@ class ServerCheck:
         """Ask a server until it answers, and have it sample a token.
 
         Raises:
-            RuntimeError: it does not answer within ``timeout`` seconds.
-            ValueError: it is not fit.
+            ConfigError: it does not answer within ``timeout`` seconds, or is not fit.
         """
-        deadline = time.monotonic() + timeout
+        begin, told = time.monotonic(), False
         while True:
             try:
                 limits = await self(client)
@@ -106,10 +115,14 @@ class ServerCheck:
                     await client.try_out()
                 return limits
             except ServerRefused as error:
-                raise ValueError(f"the server {client.url} is not fit for this run: {error}") from error
+                raise ConfigError(f"the server {client.url} is not fit for this run: {error}") from error
             except ServerUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
+                waited = time.monotonic() - begin
+                if waited > TELL_AFTER and not told:
+                    told = True
+                    log.warning("waiting for %s, up to %g s: %s", client.url, timeout, error)
+                if waited > timeout:
+                    raise ConfigError(
                         f"the server {client.url} did not answer within {timeout:g} s: {error}. Start it as "
                         "docs/servers.md says, or correct the engine's urls"
                     ) from error
@@ -120,14 +133,14 @@ async def connect(client: ServerClient, link: WeightLink | None) -> None:
     """Make sure at the start of a run that weights can be sent to a server.
 
     Raises:
-        RuntimeError: they cannot.
+        ConfigError: they cannot.
     """
     if link is None:
         return
     try:
         await link.connect(client)
     except (ServerRefused, ServerUnavailable) as error:
-        raise RuntimeError(
+        raise ConfigError(
             f"weights cannot be sent to the server {client.url}: {error}. Let rank 0 and the server reach each other "
             "(transfer_address, transfer_port), or take another weight_transfer"
         ) from error

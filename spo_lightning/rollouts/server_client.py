@@ -238,6 +238,8 @@ class ServerClient:
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status >= 400:
         text = (await response.text())[:500]
+        if response.status == 401:
+            text += "; give SPO_VLLM_API_KEY the servers' --api-key"
         raise _failure(response.status, f"{response.url.path} answered {response.status}: {text}")
 
 

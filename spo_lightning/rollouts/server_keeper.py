@@ -94,8 +94,9 @@ class Keeper:
 
     def _use(self, server: Server, held: str) -> None:
         if server.held is None:
+            level = logging.WARNING if server.logged else logging.INFO  # a return is told where the loss was
             server.held, server.refused, server.answers, server.logged = held, False, True, ""
-            log.info("%s is in use with weights %r", server.client.url, held)
+            log.log(level, "%s is in use with weights %r", server.client.url, held)
 
     def _lose_to_others(self, server: Server, held: str, target: Target) -> None:
         """Lose a server with other weights, and drop the tokens that these may have sampled."""

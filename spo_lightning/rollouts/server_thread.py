@@ -5,9 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
+LONGEST_END = 10.0  # seconds
+
 T = TypeVar("T")
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class LoopThread:
@@ -36,7 +46,9 @@ class LoopThread:
         return self.run(work())
 
     def stop(self) -> None:
-        """End the loop and the thread."""
+        """End what still runs, the loop and the thread."""
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(LONGEST_END)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

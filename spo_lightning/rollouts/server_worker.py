@@ -9,6 +9,7 @@ exception in a worker with a bare "internal server error".
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
-from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND, GroupInfo, TransferLost, WeightGroup
+from spo_lightning.rollouts.weight_group import MODEL_SIZES, TRANSFER_BACKEND, GroupInfo, TransferLost, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class WeightReceiver(WeightTransferEngine):
             self._group = None
 
     def _keep(self, what: str, error: Exception) -> None:
-        self.problem, self.lost = f"{what}: {type(error).__name__}: {error}", isinstance(error, TransferLost)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error) or f"in {place.name}, {place.filename}:{place.lineno}"  # vLLM's loaders assert without a word
+        self.problem, self.lost = f"{what}: {type(error).__name__}: {text}", isinstance(error, TransferLost)
 
     def _received(self, info: PushInfo) -> Iterator[tuple[str, Tensor]]:
         if self._group is None:
@@ -153,6 +156,7 @@ class ServerWorker:
         encoders = config.multimodal_config
         return {
             "model": config.model,
+            "sizes": {name: getattr(config.hf_text_config, name, None) for name in MODEL_SIZES},
             "multimodal": encoders is not None and not encoders.language_model_only,
             "dtype": str(config.dtype).removeprefix("torch."),
             "max_model_len": config.max_model_len,

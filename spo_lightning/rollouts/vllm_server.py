@@ -100,6 +100,9 @@ class VLLMServerEngine(RolloutEngine):
         urls = [url.rstrip("/") for url in urls]
         if not urls or len(set(urls)) < len(urls):
             problems.append(f"urls is {urls}; it must name at least one server, and none twice")
+        bad = [url for url in urls if not url.startswith(("http://", "https://")) or url.endswith("/v1")]
+        if bad:
+            problems.append(f"urls holds {', '.join(bad)}; each must begin with http:// and end before /v1")
         if max_requests_per_server < 1:
             problems.append(f"max_requests_per_server is {max_requests_per_server}; it must be at least 1")
         if not 0 <= transfer_port < 2**16:
@@ -130,10 +133,10 @@ class VLLMServerEngine(RolloutEngine):
         """Wait for the servers and check them.
 
         Raises:
-            RuntimeError: the engine was started before, a server does not answer in time or cannot be sent weights,
-                another run has the weights folder or the port, or there is no room for the weights.
-            ValueError: a server does not fit the run: another model, too short a length, missing options.
-            ConfigError: the policy cannot be pushed (see ``PolicyParameters``).
+            RuntimeError: the engine was started before, another run has the weights folder or the port, or there is no
+                room for the weights.
+            ConfigError: a server does not answer in time, cannot be sent weights or does not fit the run (another
+                model, too short a length, missing options), or the policy cannot be pushed (see ``PolicyParameters``).
         """
         if self._thread is not None:
             raise RuntimeError("the engine is started already; start it once, or close() it first")
@@ -288,11 +291,13 @@ class VLLMServerEngine(RolloutEngine):
 
     async def _connect(self, context: EngineContext) -> None:
         import aiohttp
+        from transformers import AutoConfig
 
         from spo_lightning.rollouts.server_checks import Limits, ServerCheck, connect
         from spo_lightning.rollouts.server_client import ServerClient
         from spo_lightning.rollouts.server_pool import ServerPool
         from spo_lightning.rollouts.server_state import Server
+        from spo_lightning.rollouts.weight_group import MODEL_SIZES
 
         api_key = self.api_key or os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -300,7 +305,9 @@ class VLLMServerEngine(RolloutEngine):
         timeouts = (self.stall_timeout_s, self.push_timeout_s, self.give_up_after_s)
         clients = [ServerClient(url, session, *timeouts) for url in self.urls]
         only_language = self._transfer.layout.parameters.language_model_only
-        check = ServerCheck(context.model_path, context.max_model_len, context.known_tokens, only_language)
+        config = AutoConfig.from_pretrained(context.model_path, revision=context.revision).get_text_config()
+        sizes = {name: getattr(config, name, None) for name in MODEL_SIZES}
+        check = ServerCheck(context.model_path, context.max_model_len, context.known_tokens, only_language, sizes)
         servers = [Server(client, self._transfer.link(number)) for number, client in enumerate(clients)]
         try:
             limits = await asyncio.gather(*(check.wait(client, self.startup_timeout_s) for client in clients))

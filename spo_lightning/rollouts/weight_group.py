@@ -24,6 +24,7 @@ from torch import distributed as dist
 POLL_SECONDS = 0.0005
 NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"  # of ProcessGroupNCCL, read when one is made
 _environment = threading.Lock()
+MODEL_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")  # that tell models apart
 TRANSFER_BACKEND = "spo"  # what a server calls the back end of ``server_worker.py``
 
 

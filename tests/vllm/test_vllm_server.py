@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import vllm_server
 from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.rollouts.weight_group import GroupInfo, WeightGroup
 from spo_lightning.tools.settings import ToolUse
 
-from server_cases import KNOWN, TOLERANCE, Policy, ask, drain, logprob_error, long_prompt, wait_for_tokens
+from server_cases import KNOWN, TOLERANCE, VOCABULARY, Policy, ask, drain, logprob_error, long_prompt, wait_for_tokens
 from server_process import FLAGS, ServerProcess, free_port
+from tiny_models import make_model
 from tool_runs import Count, LetterFormat, assert_called, with_tools
 
 LONG = 800  # tokens, some seconds: time enough to interfere
@@ -304,7 +307,7 @@ def test_a_frozen_server_is_left_out_and_comes_back(tied: Run) -> None:
 
 def test_a_wrong_url_and_a_wrong_model_are_named(tied: Run) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(RuntimeError, match=f"{nowhere} did not answer within 1 s.*docs/servers.md"):
+    with pytest.raises(ConfigError, match=f"{nowhere} did not answer within 1 s.*docs/servers.md"):
         VLLMServerEngine([nowhere], str(tied.folder), startup_timeout_s=1.0).start(tied.policy.context())
     engine = VLLMServerEngine([tied.servers[0].url], str(tied.folder))
     with pytest.raises(ValueError, match="takes 1024 tokens, 1500 are needed: start it with --max-model-len 1500"):
@@ -312,6 +315,10 @@ def test_a_wrong_url_and_a_wrong_model_are_named(tied: Run) -> None:
     other = Policy(tied.folder / "another", tied=True)
     with pytest.raises(ValueError, match="it serves '.*/policy', the policy is '.*/another': start it with that model"):
         engine.start(other.context())
+    make_model(tied.folder / "wider" / "policy", vocab_size=VOCABULARY, hidden_size=128, max_positions=1024)
+    sizes = "its model has hidden_size 64, the policy 128.*its model has intermediate_size 192, the policy 384"
+    with pytest.raises(ConfigError, match=sizes):
+        engine.start(replace(tied.policy.context(), model_path=str(tied.folder / "wider" / "policy")))
 
 
 @asynccontextmanager
