@@ -102,8 +102,11 @@ def plain_message(message: str) -> str:
     if optional:
         message = message[: optional.start()] + optional[1]
     message = re.sub(r"(is not accepted)\. Got value: Namespace\(.*", r"\1", message, flags=re.DOTALL)
-    required, sign, keys = message.partition("arguments are required: ")
-    return required + sign + re.sub(r"(?<![\w.-])(?:(?:fit|validate|test|estimate|export)\.)?(\w[\w.]*)", r"--\1", keys)
+    required = re.fullmatch(r"(the following arguments are required: )(.*)", message)
+    if required:
+        keys = re.sub(r"(?<![\w.-])(?:(?:fit|validate|test|estimate|export)\.)?(\w[\w.]*)", r"--\1", required[2])
+        message = required[1] + keys
+    return message
 
 
 def _suggestion(message: str, parser: Any) -> str:

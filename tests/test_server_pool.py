@@ -133,6 +133,27 @@ async def test_a_failed_push_is_logged_once(tmp_path: Path, caplog: pytest.LogCa
         assert [bad.url in record.message and "no such file" in record.message for record in caplog.records] == [True]
 
 
+@on_a_loop
+async def test_the_return_of_a_server_is_told_where_its_loss_was(caplog: pytest.LogCaptureFixture) -> None:
+    """And not the pushes of another rank, which take it out of use for a while."""
+    server = FakeServer(weights=6, name="run/6/6")
+    with caplog.at_level(logging.WARNING):
+        async with pool_of(server, probe=0.05) as pool:
+            for version in (7, 8):
+                await pool.want(Target(version, None, None, version), 5.0)
+                await until(lambda version=version: f"not version {version}" in pool.causes())
+                server.weights, server.name = version, f"run/{version}/{version}"
+                await until(lambda: "is usable" in pool.causes())
+            assert caplog.records == []
+            server.status = 503
+            ask(pool, [0], tokens=20)
+            await until(lambda: "503: no" in pool.causes())
+            server.status = 200
+            assert len(await drain(pool)) == 1
+    lost, back = [record.getMessage() for record in caplog.records]
+    assert f"{server.url} is out of use: " in lost and back == f"{server.url} is in use with weights 'run/8/8'"
+
+
 @pytest.mark.parametrize("name", ["default", "another-run/3/3"])
 @on_a_loop
 async def test_a_push_leaves_requests_spread_over_servers_of_any_speed(name: str, tmp_path: Path) -> None:

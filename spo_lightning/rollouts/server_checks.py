@@ -67,8 +67,9 @@ class ServerCheck:
                 f"it serves {found['model']!r}, the policy is {self.model_path!r}: start it with that model, or with "
                 f"--served-model-name {self.model_path} if it is a copy"
             )
-        for name, size in found["sizes"].items():
-            if size != (mine := self.sizes.get(name, size)):
+        for name, size in found.get("sizes", {}).items():  # a worker of an earlier version tells none
+            mine = self.sizes.get(name)
+            if None not in (size, mine) and size != mine:
                 problems.append(f"its model has {name} {size}, the policy {mine}: start it with the policy")
         if found["multimodal"] and self.language_model_only:
             problems.append(

@@ -50,6 +50,7 @@ class Keeper:
             moved = len(server.streams)
             log.log(level, "%s is out of use: %s; requests moved: %d", server.client.url, cause, moved)
             server.logged = cause
+            server.warned |= level >= logging.WARNING
         server.held, server.cause, server.answers, server.proven = None, cause, False, False
         server.suspects.clear()
         server.cancel()
@@ -94,8 +95,8 @@ class Keeper:
 
     def _use(self, server: Server, held: str) -> None:
         if server.held is None:
-            level = logging.WARNING if server.logged else logging.INFO  # a return is told where the loss was
-            server.held, server.refused, server.answers, server.logged = held, False, True, ""
+            level = logging.WARNING if server.warned else logging.INFO  # a return is told where the loss was
+            server.held, server.refused, server.answers, server.logged, server.warned = held, False, True, "", False
             log.log(level, "%s is in use with weights %r", server.client.url, held)
 
     def _lose_to_others(self, server: Server, held: str, target: Target) -> None:

@@ -96,6 +96,7 @@ class Server:
         held: what it was seen to hold when it became usable; ``None`` while it is not usable.
         cause: why it is not usable.
         logged: the cause that was logged last, since it was last usable.
+        warned: whether a warning was logged since it was last usable.
         refused: whether that is a refusal, which will not pass by itself.
         tried: whether its keeper has dealt with the wanted weights, successfully or not.
         answers: whether it did what it was last asked; a server with other weights than the wanted ones may.
@@ -112,6 +113,7 @@ class Server:
     held: str | None = None
     cause: str = "was not asked yet"
     logged: str = ""
+    warned: bool = False
     refused: bool = False
     tried: bool = False
     answers: bool = True
