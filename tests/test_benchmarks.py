@@ -598,6 +598,6 @@ def test_validation_within_fit_keeps_nothing_and_logs_no_intervals(tmp_path: Pat
     data.benchmark_prompts.clear()
     data.benchmarks = {"b": benchmarks["b"]}
     trainer.validate(module, data)
-    (settings, rows) = read_generations([tmp_path / "generations" / "validate" / "initial" / "b.parquet"])["b"]
+    (settings, rows) = read_generations([tmp_path / "generations" / "validate" / "iteration-000001" / "b.parquet"])["b"]
     assert len(rows) == 6 and settings.reward == FunctionReward.__name__
     assert [r.reward for r in rows] == [digit_share(r.completion, "", "") for r in rows]
