@@ -394,9 +394,7 @@ def run_variants(folder: Path, count: int, names: Iterable[str]) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for name in sorted(names):
         inputs, _, build, policy = VARIANTS[name]
-        with pair_reductions() as reductions:
-            whole = run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy))
-        whole["pair_reductions"] = len(reductions)
+        whole = run(folder / inputs, name, build(), count, policy=policy, **settings_of(policy))
         save(folder, name, whole=whole, compiled={"graphs": compiler.graphs, "of_any_size": compiler.of_any_size})
         torch._dynamo.reset()
         compiler.reset()
@@ -430,6 +428,11 @@ def run_in_four(folder: Path) -> None:
     run_variants(folder, 4, IN_FOUR)
     whole = run(folder, "from-two-in-four", FSDP2Strategy(replicas=2), 4, in_the_middle(folder, "fsdp2"))
     save(folder, "from-two-in-four", whole=whole)
+    # one long sequence a micro-batch, so that five take two rounds of four ranks
+    long = {"sampling": SamplingParams(max_tokens=20), "micro_batch_tokens": 36, "num_minibatches": 1}
+    with pair_reductions() as reductions:
+        whole = run(folder, "rounds", FSDP2Strategy(replicas=2), 4, **SGD, **long)
+    save(folder, "rounds", whole=whole | {"pair_reductions": len(reductions)})
 
 
 RUNS = {2: run_in_two, 3: run_in_three, 4: run_in_four}

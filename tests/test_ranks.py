@@ -119,8 +119,8 @@ def test_variants_follow_the_trajectory_of_one_process(folder, references, varia
 
 
 def test_replicas_of_a_shard_meet_once_a_step(folder):
-    """Not at each micro-batch: three units, two layers and what is around them, in two steps an iteration."""
-    assert load(folder, "hybrid-fsdp2", 0)["whole"]["pair_reductions"] == 3 * 2 * ITERATIONS
+    """Not at each of its two micro-batches: three units, two layers and what is around them, in a step an iteration."""
+    assert load(folder, "rounds", 0)["whole"]["pair_reductions"] == 3 * ITERATIONS
 
 
 @pytest.mark.parametrize("variant", [name for name, (*_, policy) in VARIANTS.items() if policy is COMPILED])
