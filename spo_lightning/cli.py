@@ -43,6 +43,7 @@ from spo_lightning.sharding import check_checkpoint
 from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
 TOLD_TO_END = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class AgreedEnd(SystemExit):
@@ -265,8 +266,8 @@ def run() -> None:
             raise
         except SIGTERMException:  # which is a SystemExit
             _leave(TOLD_TO_END)
-        except SystemExit as error:
-            _leave(error.code)
+        except SystemExit as error:  # the trainer's after Ctrl-C comes from its handler
+            _leave(INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else error.code)
         except Exception as error:
             if not torch.distributed.is_initialized():
                 raise

@@ -336,18 +336,25 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
     assert "another run is using" in done.stderr
 
 
-def test_a_terminated_run_says_so_to_the_scheduler(tmp_path):
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGTERM, "a signal"), (signal.SIGINT, "Ctrl-C")])
+def test_a_run_that_is_stopped_says_so_to_the_scheduler(tmp_path, number, cause):
     process = subprocess.Popen(
-        command(tmp_path, "fit", trace_to(tmp_path)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        command(tmp_path, "fit", trace_to(tmp_path)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests in the background lack it
     )
     deadline = time.monotonic() + 240
     while len(read_trace(tmp_path)) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.terminate()
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
+    assert f"Run stopped by {cause} after" in output
     assert "--ckpt_path last" in output
 
 

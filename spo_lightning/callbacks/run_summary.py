@@ -11,6 +11,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from spo_lightning.benchmark_table import render_table
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
@@ -21,6 +22,7 @@ from spo_lightning.types import PromptBatch
 
 # Without the variable the server starts seven job workers, which serve other uses of MLflow and outlive it.
 UI_COMMAND = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1 --backend-store-uri"
+STOPS: dict[type, str] = {SIGTERMException: "a signal", KeyboardInterrupt: "Ctrl-C"}
 
 
 class RunSummary(Callback):
@@ -74,7 +76,8 @@ class RunSummary(Callback):
         """Print when the run is interrupted or fails; the error itself follows."""
         if isinstance(pl_module, SPOModule) and trainer.is_global_zero:
             _print_kept_batches(pl_module)
-        self._print(trainer, pl_module, f"stopped by {type(exception).__name__}")
+        cause = STOPS.get(type(exception), type(exception).__name__)
+        self._print(trainer, pl_module, f"stopped by {cause}")
         saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
         if saved and trainer.is_global_zero:
             print(_listed([_next_step(trainer)]), flush=True)
