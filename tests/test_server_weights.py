@@ -404,6 +404,9 @@ def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() ->
     assert parameters["stop_token_ids"] == [1, 7] and parameters["ignore_eos"]
     greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5), 11)))["sampling_params"]
     assert (greedy["max_tokens"], greedy["top_p"], greedy["top_k"]) == (99, 1.0, 0)
+    assert (parameters["stream_interval"], greedy["stream_interval"]) == (1, 6)  # a 32nd of the completion, from 1
+    long = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(8192), 11)))["sampling_params"]
+    assert long["stream_interval"] == 16
     seeds = [derive_seed(11, SeedStream.CONTINUATION, sampled) for sampled in (3, 0)]
     assert [parameters["seed"], greedy["seed"]] == seeds and seeds[0] != seeds[1]
 

@@ -8,6 +8,11 @@ from typing import Any
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.types import RolloutRequest
 
+# Tokens that a server sends at once. One by one they keep its frontend, and this side, busier than anything else (see
+# docs/performance.md); those that were not sent when a stream breaks off are lost, so they are few beside a completion.
+LARGEST_PIECE = 16
+PIECES = 32
+
 
 @dataclass(frozen=True)
 class RequestFormat:
@@ -48,6 +53,7 @@ class RequestFormat:
         sampling = row.request.sampling
         greedy = sampling.temperature == 0
         parameters = {
+            "stream_interval": max(1, min(LARGEST_PIECE, sampling.max_tokens // PIECES)),
             "max_tokens": row.room,
             "temperature": sampling.temperature,
             "top_p": 1.0 if greedy else sampling.top_p,
