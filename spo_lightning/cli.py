@@ -226,23 +226,22 @@ class SPOCLI(LightningCLI):
             return
         path: Path | None = Path(asked)
         if asked == "last":
-            last = self._checkpoints.find_last(self.trainer)
-            if last is None:
-                where = self._checkpoints.directory(self.trainer)
-                if required:
-                    _fail(f"--ckpt_path last, but there is no checkpoint in {where}; run fit first")
-                print(f"no checkpoint in {where} yet: starting from the beginning")
-            path = last
+            path = (
+                self._checkpoints.require_last(self.trainer) if required else self._checkpoints.find_last(self.trainer)
+            )
+            if path is None:
+                print(f"no checkpoint in {self._checkpoints.directory(self.trainer)} yet: starting from the beginning")
         elif not Path(asked).exists():
             _fail(f"--ckpt_path {asked} does not exist; give a file, or last")
         if path is not None:
             check_checkpoint(path, self.trainer.strategy)
             require_same_policy(path, self.model.policy_config)
+            state = read_state(path)
             if self.subcommand == "fit":
-                check_resume(self.model, self.datamodule, read_state(path))
+                check_resume(self.model, self.datamodule, state)
+            for logger in self._mlflow_loggers:
+                logger.resume_from(self.trainer.default_root_dir, state["spo"].get("mlflow_run"))
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
-        for logger in self._mlflow_loggers if path is not None else []:
-            logger.resume_from(self.trainer.default_root_dir)
 
 
 def _fail(message: str) -> NoReturn:

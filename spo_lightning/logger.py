@@ -26,7 +26,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.folders import make_folder
+from spo_lightning.folders import make_folder, whole_file
 from spo_lightning.mlflow_run import DEFAULT_TRACKING_URI, SQLITE, MlflowRun, clean_name, flatten, public_uri
 from spo_lightning.outbox import Outbox, RequestRefused
 from spo_lightning.provenance import git_commit, package_versions
@@ -99,6 +99,7 @@ class SPOMLFlowLogger(MLFlowLogger):
         self._artifact_location = artifact_location
         self._given_run_id = run_id
         self._resumed: dict[str, Any] | None = None
+        self._file_run: str | None = None  # of the earlier process that wrote the run file, and what is unsent
         self._root_dir = Path(root_dir).absolute() if root_dir else None
         self._retry_pause_s = retry_pause_s
         self._started = self._killed = False
@@ -139,22 +140,28 @@ class SPOMLFlowLogger(MLFlowLogger):
         """Whether an earlier process made the run and this one only adds to it: a test of its checkpoint."""
         return self._resumed is not None and not self._trains
 
-    def resume_from(self, path: str | Path) -> None:
+    def resume_from(self, path: str | Path, run_id: str | None = None) -> None:
         """Go on with the run that an earlier process made. To be called before the trainer starts.
 
         Args:
-            path: the earlier process's ``mlflow_run.json``, or the folder that holds it. Without such a file a new run
-                is made.
+            path: the earlier process's ``mlflow_run.json``, or the folder that holds it. Without such a file, and
+                without a ``run_id``, a new run is made.
+            run_id: of the run that the checkpoint is of, where that is known; a later one in the same folder may have
+                written the file.
 
         Raises:
             ConfigError: the file is not one that this class wrote.
         """
         path = Path(path) / RUN_FILE if Path(path).is_dir() else Path(path)
+        if run_id is not None:
+            self._resumed = {"run_id": run_id, "num_resumes": 0}
         if not path.is_file():
             return
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            self._resumed = {"run_id": saved["run_id"], "num_resumes": int(saved["num_resumes"])}
+            self._file_run = saved["run_id"]
+            if run_id in (None, self._file_run):
+                self._resumed = {"run_id": self._file_run, "num_resumes": int(saved["num_resumes"])}
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path} does not name an MLflow run ({error!r}); remove it to start a new run"
@@ -303,7 +310,8 @@ class SPOMLFlowLogger(MLFlowLogger):
     @cached_property
     def _outbox(self) -> Outbox:
         folder = self._run.staging
-        same_run = self._resumed is not None and self._resumed["run_id"] in (None, self._run.run_id)
+        resumes_file = self._resumed is not None and self._resumed["run_id"] == self._file_run
+        same_run = resumes_file and self._file_run in (None, self._run.run_id)
         if folder.exists() and not same_run:
             aside = folder.with_name(f"{UNSENT_FOLDER}.{time.strftime('%Y%m%dT%H%M%S')}")
             folder.rename(aside)
@@ -333,7 +341,7 @@ class SPOMLFlowLogger(MLFlowLogger):
             ) from error
         if not reached:
             self._write_run_file()
-        elif self._run.num_resumes:
+        elif self._run.num_resumes and not self.visits:
             prefix = f"resume_{self._run.num_resumes}"
             self._put({"tags": {f"{prefix}/{name}": text for name, text in _provenance().items()}})
 
@@ -351,7 +359,8 @@ class SPOMLFlowLogger(MLFlowLogger):
             "tracking_uri": self.tracking_uri,
             "num_resumes": self._run.num_resumes,
         }
-        (self._folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with whole_file(self._folder / RUN_FILE) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _validate(

@@ -49,7 +49,8 @@ class MlflowRun:
         group: name of a parent run that a new run is put under; ``None`` has none.
         run_id: run to go on with; ``None`` makes a new one.
         may_be_missing: a ``run_id`` that the server does not know is replaced by a new run, with a warning.
-        num_resumes: how many processes have gone on with this run before and including this one.
+        num_resumes: how many processes have gone on with this run before and including this one, as far as is known;
+            a run that is found again tells.
         visits: only adds to a run that is there already; its status stays as it is.
         staging: folder that holds the files named by artifact records.
         on_open: called once the run is open.
@@ -143,6 +144,8 @@ class MlflowRun:
         if state == "active":
             if not self.visits:
                 self.client.update_run(self.run_id, status="RUNNING")
+                told = [int(tag[1]) for name in run.data.tags if (tag := re.match(r"resume_(\d+)/", name))]
+                self.num_resumes = max(self.num_resumes, *(number + 1 for number in told), 1)
             return run
         problem = f"run {self.run_id} is {state} at {public_uri(self.tracking_uri)}"
         if not self.may_be_missing:

@@ -51,6 +51,7 @@ from spo_lightning.iteration_metrics import (
 )
 from spo_lightning.learner import score
 from spo_lightning.learning import learn
+from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.packing import has_packing_kernels, keeps_sequences_apart
@@ -320,6 +321,7 @@ class SPOModule(LightningModule):
             "completions_seen": self.completions_seen,
             "tokens_seen": self.tokens_seen,
             "optimizer": self.optimizer_name,
+            "mlflow_run": next((x.run_id for x in self.trainer.loggers if isinstance(x, SPOMLFlowLogger)), None),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -359,6 +361,8 @@ class SPOModule(LightningModule):
             ``outcome`` (types.Outcome) for the tracker and ``records`` (list of types.CompletionRecord) for the table.
         """
         start = time.perf_counter()
+        # By this the trainer counts the steps of loggers; a resume with another validation interval would shift them.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = batch.iteration
         self.stages.reset()
         seed_iteration(self.seed, batch.iteration, self.global_rank)
         self.policy_version = batch.iteration

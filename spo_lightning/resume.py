@@ -7,17 +7,33 @@ from typing import Any
 
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.sharded_checkpoint import groups_of_unused_optimizers
 from spo_lightning.sharding import is_sharding
 
 
 class Resume(_CheckpointConnector):
-    """Lets a sharded run go on also from a checkpoint of its start.
+    """Knows what "last" means, and lets a sharded run go on also from a checkpoint of its start.
 
-    Lightning and torch look for the state of an optimizer where there is none: in what was saved before the first step,
-    and in anything of an optimizer that keeps none. There its settings are loaded here, and nothing is asked of them.
+    In the latter Lightning and torch look for the state of an optimizer where there is none: in what was saved before
+    the first step, and in anything of an optimizer that keeps none. There its settings are loaded here, and nothing is
+    asked of them.
     """
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        """Find the newest of ``IterationCheckpoint``, of which Lightning knows nothing."""
+        own = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, IterationCheckpoint)]
+        if ckpt_path != "last" or not own:
+            return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        if state_fn != TrainerFn.FITTING:
+            return str(own[0].require_last(self.trainer))
+        last = own[0].find_last(self.trainer)
+        if last is None:
+            where = own[0].directory(self.trainer)
+            rank_zero_info(f"no checkpoint in {where} yet: starting from the beginning")
+        return None if last is None else str(last)
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Load a checkpoint."""

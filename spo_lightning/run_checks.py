@@ -135,7 +135,9 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
 
 
 def check_resume(module: SPOModule, data: SPODataModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to go on from the checkpoint of another run, or of one that is done.
+    """Refuse to go on from the checkpoint of another run, or of one that has done more than it was to do.
+
+    One that has done just that is brought to its end, which it may not have come to: policy, MLflow run.
 
     Args:
         module: its optimizer is compared.
@@ -150,7 +152,7 @@ def check_resume(module: SPOModule, data: SPODataModule, checkpoint: Mapping[str
         )
     data.stream.require_same_prompts(checkpoint["SPODataModule"])
     done = checkpoint["SPODataModule"]["sampler"]["iteration"]
-    if done >= data.num_iterations:
+    if done > data.num_iterations:
         raise ConfigError(
             f"the checkpoint has done {done} iterations; raise data.num_iterations={data.num_iterations} to go on"
         )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
 from spo_lightning.callbacks.preemption import NotedSignals, Preemption
@@ -35,6 +36,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+class _LoggedOnce(_LoggerConnector):
+    """Gives loggers the metrics of an iteration once: when a checkpoint asks for it before its file, or at the end."""
+
+    _step: int | None = None
+
+    def update_train_step_metrics(self) -> None:
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        if step != self._step:
+            self._step = step
+            super().update_train_step_metrics()
+
+
 class SPOTrainer(Trainer):
     """``lightning.pytorch.Trainer`` with what SPO needs of it.
 
@@ -54,6 +67,7 @@ class SPOTrainer(Trainer):
         super().__init__(**{**DEFAULTS, **kwargs}, plugins=plugins, callbacks=callbacks)
         self._signal_connector = NotedSignals(self)
         self._checkpoint_connector = Resume(self)
+        self._logger_connector = _LoggedOnce(self)
 
     def _teardown(self) -> None:
         """Release the module after an error or an interrupt, when all callbacks and loggers have had their say."""
@@ -143,11 +157,12 @@ class SPOTrainer(Trainer):
             output: folder to write.
         """
         require_place_for_export(Path(output).expanduser())
+        path = Path(str(self._checkpoint_connector._parse_ckpt_path(TrainerFn.TESTING, ckpt_path, True, False)))
         model.configure_model()
-        if is_sharded(Path(ckpt_path)):
-            checkpoint = consolidate(Path(ckpt_path), optimizers=False)
+        if is_sharded(path):
+            checkpoint = consolidate(path, optimizers=False)
         else:
-            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model.load_state_dict(checkpoint["state_dict"])
         print(f"exported policy: {model.export(Path(output).expanduser())}")
 

@@ -1,5 +1,6 @@
 """Checkpoints appear whole or not at all, at the right iterations, and a new run does not lose an old one's."""
 
+import csv
 import os
 import random
 import signal
@@ -169,8 +170,102 @@ def test_a_finished_run_goes_on_when_its_iterations_are_raised(tmp_path, schedul
     _, _, _, whole = fit(tmp_path / "b", 7, lr_scheduler=schedule)
     for name, value in whole.policy.state_dict().items():
         assert torch.equal(value, longer.policy.state_dict()[name])
-    with pytest.raises(ConfigError, match="has done 7 iterations; raise data.num_iterations=7"):
-        fit(tmp_path / "a", 7, ckpt_path=last, lr_scheduler=schedule)
+    _, nothing, _, again = fit(tmp_path / "a", 7, ckpt_path=last, lr_scheduler=schedule)
+    assert not nothing.batches
+    assert again.completions_seen == longer.completions_seen
+    with pytest.raises(ConfigError, match="has done 7 iterations; raise data.num_iterations=6"):
+        fit(tmp_path / "a", 6, ckpt_path=last, lr_scheduler=schedule)
+
+
+def logged_steps(trainer) -> dict[int, int]:
+    """By step of the logger, the completions that training had seen; each is logged once."""
+    with open(f"{trainer.logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["progress/completions"]]
+    steps = {int(row["step"]): int(float(row["progress/completions"])) for row in rows}
+    assert len(steps) == len(rows)
+    return steps
+
+
+class Interrupts(Callback):
+    """Ends a run in the hook it is told."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.interrupt)
+
+    def interrupt(self, *_):
+        raise RuntimeError("pulled the plug")
+
+
+def test_last_is_never_a_checkpoint_of_the_run_before(tmp_path):
+    """A run that was killed before its first one begins anew."""
+    fit(tmp_path, 2)
+    callback = IterationCheckpoint()
+    trainer, module, data = make_run(
+        tmp_path, callbacks=[callback, Interrupts("on_train_batch_start")], trainer={"enable_checkpointing": True}
+    )
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer.fit(module, data)
+    assert callback.find_last(trainer) is None
+    (aside,) = tmp_path.glob("checkpoints-until-*")
+    assert names(aside) == ["iteration-000002.ckpt", "last.ckpt"]
+
+
+class Dies(IterationCheckpoint):
+    """A process that is killed as soon as it has saved."""
+
+    def _save(self, trainer, done):
+        super()._save(trainer, done)
+        raise RuntimeError("pulled the plug")
+
+
+def test_what_a_checkpoint_counts_as_done_has_been_logged(tmp_path):
+    trainer, module, data = make_run(tmp_path, callbacks=[Dies(2)], trainer={"enable_checkpointing": True})
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer.fit(module, data)
+    assert logged_steps(trainer) == {0: 4, 1: 8}
+
+
+@pytest.mark.parametrize("interval", [3, 100])
+def test_steps_of_loggers_go_on_with_another_validation_interval(tmp_path, interval):
+    """What a validation follows is saved within it, and the trainer has not counted the iteration then."""
+    write_inputs(tmp_path)
+    source = PromptSource(str(tmp_path / "train.jsonl"), id_column="id", max_rows=2)
+    for every, iterations, ckpt_path in ((2, 2, None), (interval, 5, "last")):
+        trainer, module, data = make_run(
+            tmp_path,
+            callbacks=[IterationCheckpoint(1)],
+            data={"num_iterations": iterations, "benchmarks": {"a": Benchmark(source, 1)}},
+            trainer={"enable_checkpointing": True, "val_check_interval": every},
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+    assert logged_steps(trainer) == {2: 12, 3: 16, 4: 20}
+
+
+def test_last_is_the_newest_checkpoint_from_python_too(tmp_path):
+    write_inputs(tmp_path)
+    source = PromptSource(str(tmp_path / "train.jsonl"), id_column="id", max_rows=2)
+    _, first, _, trained = fit(tmp_path, 2, ckpt_path="last")  # there is none yet
+    _, rest, _, trained = fit(tmp_path, 4, ckpt_path="last")
+    assert [batch.iteration for batch in first.batches + rest.batches] == [0, 1, 2, 3]
+
+    def fresh(folder=tmp_path):
+        settings = {"num_iterations": 4, "benchmarks": {"a": Benchmark(source, 1)}}
+        return make_run(
+            folder, callbacks=[IterationCheckpoint()], data=settings, trainer={"enable_checkpointing": True}
+        )
+
+    for job in ("validate", "test"):
+        trainer, module, data = fresh()
+        getattr(trainer, job)(module, datamodule=data, ckpt_path="last")
+        assert module.answered_by == str(tmp_path / "checkpoints" / "iteration-000004.ckpt")
+    trainer, module, data = fresh()
+    trainer.export(module, data, "last", str(tmp_path / "policy"))
+    for name, value in trained.policy.state_dict().items():
+        assert torch.equal(value, module.policy.state_dict()[name])
+    (tmp_path / "empty").mkdir()
+    trainer, module, data = fresh(tmp_path / "empty")
+    with pytest.raises(ConfigError, match=r"there is no checkpoint in .*empty/checkpoints; run fit first"):
+        trainer.test(module, datamodule=data, ckpt_path="last")
 
 
 def test_a_drawn_start_is_saved_before_the_first_iteration(tmp_path):
@@ -282,11 +377,6 @@ def test_without_benchmarks_no_checkpoint_waits_for_a_validation(tmp_path, inter
     assert names(tmp_path / "checkpoints") == ["iteration-000002.ckpt", "iteration-000004.ckpt", "last.ckpt"]
 
 
-class Interrupts(Callback):
-    def on_validation_start(self, trainer, module):
-        raise RuntimeError("pulled the plug")
-
-
 def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path):
     """The checkpoint of an iteration that a validation follows is saved after it."""
     write_inputs(tmp_path)
@@ -294,7 +384,10 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path):
     settings = {"num_iterations": 4, "benchmarks": {"a": Benchmark(source, 1)}}
     validating = {"enable_checkpointing": True, "val_check_interval": 2}
     trainer, module, data = make_run(
-        tmp_path, callbacks=[IterationCheckpoint(1), Interrupts()], data=settings, trainer=validating
+        tmp_path,
+        callbacks=[IterationCheckpoint(1), Interrupts("on_validation_start")],
+        data=settings,
+        trainer=validating,
     )
     with pytest.raises(RuntimeError, match="pulled the plug"):
         trainer.fit(module, data)

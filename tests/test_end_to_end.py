@@ -139,8 +139,31 @@ def test_a_resume_with_other_settings_is_warned_of_and_leaves_the_runs_tags(resu
     assert (tags["seed"], tags["resume_2/seed"]) == ("0", "5")
 
 
+def test_a_checkpoint_goes_on_in_its_own_mlflow_run_whichever_came_after_it(uninterrupted, tmp_path):
+    """Also one of a run that has done all iterations: it is brought to its end, which a kill may have cut off."""
+    from mlflow.tracking import MlflowClient
+
+    shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "run" / "policy")
+    client, first = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), run_of(tmp_path)
+    client.update_run(first, "RUNNING")
+    spo(tmp_path, "fit", "--data.num_iterations=1", "--export_policy.at_end=false", "--model.algorithm=other")
+    other = run_of(tmp_path)
+    (aside,) = (tmp_path / "run").glob("checkpoints-until-*")
+    done = spo(tmp_path, "fit", f"--ckpt_path={aside / 'last.ckpt'}")
+    assert first == run_of(tmp_path) != other
+    runs = {run_id: client.get_run(run_id) for run_id in (first, other)}
+    assert [run.info.status for run in runs.values()] == ["FINISHED", "FINISHED"]
+    assert [run.data.tags.keys() >= {"resume_1/git_commit"} for run in runs.values()] == [True, False]
+    assert [run.data.params["data/num_iterations"] for run in runs.values()] == [str(ITERATIONS), "1"]
+    rewards = client.get_metric_history(first, "reward/mean")
+    assert [metric.step for metric in rewards] == list(range(ITERATIONS))
+    assert (tmp_path / "run" / "policy" / "config.json").exists()
+    assert f"Run finished without an iteration: {ITERATIONS} of {ITERATIONS} were done before" in done.stdout
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_and_its_mlflow_run_left_alone(uninterrupted):
-    """Of another policy, of other prompts, of another optimizer, and of a run that is done."""
+    """Of another policy, of other prompts, of another optimizer, and of a run that has done more."""
     from mlflow.tracking import MlflowClient
 
     folder, _ = uninterrupted
@@ -152,7 +175,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_its_mlflow_run_left_alone
     for arguments, message in (
         (["--data.train.max_rows=50"], "the checkpoint was made with other training prompts"),
         (["--model.optimizer=SGD"], "the checkpoint's optimizer is AdamW, the configured one is SGD"),
-        ([f"--data.num_iterations={ITERATIONS}"], f"the checkpoint has done {ITERATIONS} iterations; raise"),
+        ([f"--data.num_iterations={ITERATIONS - 1}"], f"the checkpoint has done {ITERATIONS} iterations; raise"),
     ):
         done = spo(folder, "fit", *more, *arguments, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

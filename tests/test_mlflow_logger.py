@@ -363,6 +363,41 @@ def test_resume_goes_on_in_the_same_run(make: MakeLogger, tmp_path: Path) -> Non
     assert names == {"config.yaml", "config_resume_1.yaml", "config_resume_2.yaml"}
 
 
+def test_the_run_of_a_checkpoint_goes_before_that_of_the_file(
+    make: MakeLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Resumes of a run are counted by what it holds: the file may tell of another one."""
+    first = make()
+    first.log_config("lr: 1\n")
+    for number in (1, 2):
+        make().log_metrics({"other": 1.0}, 0)  # a run of its own, which writes the file
+        again = make()
+        again.resume_from(tmp_path / "root", first.run_id)
+        again.log_config(f"lr: {1 + number}\n")
+        assert again.run_id == first.run_id
+        assert json.loads((tmp_path / "root" / "mlflow_run.json").read_text())["num_resumes"] == number
+    params = first.experiment.get_run(first.run_id).data.params
+    assert params == {"lr": "1", "resume_1/lr": "2", "resume_2/lr": "3"}
+    same = make()
+    same.resume_from(tmp_path / "root", first.run_id)  # now that of the file, too
+    same.log_config("lr: 4\n")
+    assert first.experiment.get_run(first.run_id).data.params["resume_3/lr"] == "4"
+
+
+def test_what_another_run_could_not_send_is_not_sent_to_that_of_a_checkpoint(make: MakeLogger, tmp_path: Path) -> None:
+    first, other = make(), make()
+    assert first.run_id != other.run_id
+    unsent = tmp_path / "root" / "mlflow_unsent"
+    unsent.mkdir()
+    (unsent / "records.jsonl").write_text('{"metrics": {"a": 1.0}, "step": 0, "timestamp": 0}\n')
+    again = make()
+    again.resume_from(tmp_path / "root", first.run_id)
+    again.log_metrics({"b": 1.0}, 0)
+    assert set(first.experiment.get_run(first.run_id).data.metrics) == {"b"}
+    assert [path.name.split(".")[0] for path in unsent.parent.glob("mlflow_unsent*")] == ["mlflow_unsent"]
+    assert not unsent.exists()
+
+
 def test_a_new_run_unless_told_to_resume(make: MakeLogger, tmp_path: Path) -> None:
     first, second = make(), make()
     second.resume_from(tmp_path / "elsewhere")  # no file there

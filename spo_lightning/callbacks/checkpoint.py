@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues
+from spo_lightning.errors import ConfigError
 from spo_lightning.folders import make_folder, whole_file
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 from spo_lightning.types import PromptBatch
@@ -84,6 +85,19 @@ class IterationCheckpoint(Checkpoint):
             return last.resolve()
         return max(self.directory(trainer).glob("iteration-*.ckpt"), default=None)
 
+    def require_last(self, trainer: Trainer) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        last = self.find_last(trainer)
+        if last is None:
+            raise ConfigError(
+                f"ckpt_path is last, but there is no checkpoint in {self.directory(trainer)}; run fit first"
+            )
+        return last
+
     def is_of_last_iteration(self, trainer: Trainer) -> bool:
         """Whether what was saved last leaves nothing to go on with."""
         return self.last_model_path == str(self._path(trainer, _data(trainer).num_iterations))
@@ -92,7 +106,7 @@ class IterationCheckpoint(Checkpoint):
         return self.directory(trainer) / f"iteration-{done:06d}.ckpt"
 
     def _set_aside(self, trainer: Trainer) -> None:
-        """Move another run's checkpoints out of the way, at the first save and not before: a run may fail to start."""
+        """Move another run's checkpoints out of the way, once this one has started: until then it may fail to."""
         directory = self.directory(trainer)
         resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == directory.resolve()
         if resumed or not any(directory.glob("*.ckpt")):
@@ -112,6 +126,7 @@ class IterationCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep what a killed run left half-written; save a start that was expensive to draw."""
         if trainer.is_global_zero:
+            self._set_aside(trainer)
             for leftover in self.directory(trainer).glob("*.partial"):
                 _remove(leftover)
         data = _data(trainer)
@@ -131,6 +146,8 @@ class IterationCheckpoint(Checkpoint):
         if waits:
             self._due_after_validation = done
         if at_once or not waits:
+            # Before the checkpoint, with which the iteration counts as done.
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer, done)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -154,8 +171,6 @@ class IterationCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer, done: int) -> None:
         self._requested = False
-        if not self.last_model_path and trainer.is_global_zero:
-            self._set_aside(trainer)
         path = self._path(trainer, done)
         partial = path.with_name(f"{path.name}.partial")
         trainer.save_checkpoint(partial, weights_only=False)  # a file or, from a sharding strategy, a folder

@@ -83,17 +83,23 @@ class RunSummary(Callback):
             print(_listed([_next_step(trainer)]), flush=True)
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
-        if not self._iterations or not trainer.is_global_zero:
+        if not trainer.is_global_zero or not (self._iterations or how == "finished"):
             return
         rows = [*self._cost(), *_places(trainer, pl_module)]
-        first, last = self._iterations[0] + 1, self._iterations[-1] + 1
-        print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
+        if self._iterations:
+            first, last = self._iterations[0] + 1, self._iterations[-1] + 1
+            print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
+        else:
+            done, wanted = pl_module.iterations_done, trainer.datamodule.num_iterations  # type: ignore[attr-defined]
+            print(f"\nRun {how} without an iteration: {done:,} of {wanted:,} were done before")
         print(_listed(rows), flush=True)
         self._reset()  # an exception during teardown must not print again
 
     def _cost(self) -> Iterator[tuple[str, str]]:
         if self._reward_means:
             yield "reward mean", f"{self._reward_means[0]:.3f} first iteration, {self._reward_means[-1]:.3f} last"
+        if not self._completions:
+            return
         yield "completions", f"{self._completions:,}, of which {self._undecided:,} undecided by the grader"
         other = max(self._seconds - sum(self._stage_seconds.values()), 0.0)
         shares = {**self._stage_seconds, "other": other}
