@@ -6,6 +6,7 @@ what is carried over between them, by the collection code that training runs.
 
   python scripts/bench_rollouts.py                                   # Transformers, on this machine's CPU
   python scripts/bench_rollouts.py --engines transformers vllm       # in an environment with vLLM
+  python scripts/bench_rollouts.py --engines vllm_server --urls http://127.0.0.1:8000 --policy FOLDER   # that it serves
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from spo_lightning.rollouts.collector import RolloutCollector
 from spo_lightning.stages import StageTimer
 from spo_lightning.types import Prompt, PromptBatch, RolloutRequest, SamplingParams
 
+ENGINES = ("transformers", "vllm", "vllm_server")
 PROMPT_TOKENS = 16
 GROUP = 8
 
@@ -77,13 +79,17 @@ def stretch(policy: str, folder: Path, positions: int) -> str:
     return str(folder)
 
 
-def build_engine(name: str, policy: str, device: str, rows: int, width: int) -> RolloutEngine:
+def build_engine(name: str, policy: str, device: str, rows: int, width: int, urls: Sequence[str]) -> RolloutEngine:
     """A started engine that no token of the policy ends."""
     engine: RolloutEngine
     if name == "vllm":
         from spo_lightning.rollouts.vllm_engine import VLLMEngine
 
         engine = VLLMEngine(max_num_seqs=rows)
+    elif name == "vllm_server":
+        from spo_lightning.rollouts.vllm_server import VLLMServerEngine
+
+        engine = VLLMServerEngine(urls, max_requests_per_server=rows)
     else:
         engine = TransformersEngine(max_batch_size=rows)
     tokenizer = load_tokenizer(policy, None)
@@ -147,7 +153,8 @@ def throughput(engine: RolloutEngine, requests: int, length: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="configs/quickstart/policy", help="folder or hub name")
-    parser.add_argument("--engines", nargs="+", default=["transformers"], choices=["transformers", "vllm"])
+    parser.add_argument("--engines", nargs="+", default=["transformers"], choices=ENGINES)
+    parser.add_argument("--urls", nargs="+", default=[], help="servers that run with --policy and room for the lengths")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=6, help="measured for each row")
@@ -164,11 +171,15 @@ def main() -> None:
     for name in options.engines:
         width = PROMPT_TOKENS + options.longest
         with TemporaryDirectory() as folder:
-            policy = stretch(options.policy, Path(folder), width)
-            engine = build_engine(name, policy, options.device, 2 * options.batch_size, width)
+            policy = options.policy if name == "vllm_server" else stretch(options.policy, Path(folder), width)
+            engine = build_engine(name, policy, options.device, 2 * options.batch_size, width, options.urls)
         throughput(engine, 8, 8)
+        start = time.process_time()
         rate = throughput(engine, options.batch_size, 128)
-        print(f"{name}: {rate:,.0f} tokens/s for {options.batch_size} x 128 tokens")
+        here = 1e6 * (time.process_time() - start) / options.batch_size / 128
+        print(
+            f"{name}: {rate:,.0f} tokens/s for {options.batch_size} x 128 tokens, {here:.0f} us a token in this process"
+        )
         cut_short(engine, lengths)
         print(f"{'':<40}{'s/batch':>9}{'slowest':>9}{'speed-up':>10}{'kept len':>10}{'started':>9}")
         reference = 0.0
