@@ -318,6 +318,18 @@ def test_a_wide_interval_does_not_flatten_the_curves() -> None:
     assert figure.axes[0].get_ylim() == pytest.approx((0.45 - 0.2 / 3, 0.65 + 0.2 / 3))
 
 
+def test_the_y_axis_holds_the_means_of_every_panel() -> None:
+    """Seeds of other speed overlap in an early part of the time, so that the panel of time lacks the late rewards."""
+    rising = {"reward/mean": np.linspace(0, 1, 20).tolist()}
+    slow = rising | {"timing/iteration_s": [360.0] * 20}
+    contest = make_contest([make_run("spo", 0, rising), make_run("spo", 1, slow)])
+    figure = reward_figure(contest, make_table(contest))
+    assert figure is not None
+    completions, _, time = (max(line.get_ydata()[-1] for line in axes.lines) for axes in figure.axes)
+    assert time < 0.6 < completions == pytest.approx(1)
+    assert figure.axes[0].get_ylim()[1] >= 1
+
+
 def test_long_reward_curves_are_averaged() -> None:
     run = make_run("spo", 0, {"reward/mean": [0.0, 1.0] * 50}, iterations=100)
     contest = make_contest([run])

@@ -108,14 +108,15 @@ def validation_figure(contest: Contest, table: Table) -> Figure | None:
 def _against_costs(contest: Contest, metric: str, title: str, change: Transform | None = None) -> Figure | None:
     styles = looks(list(contest.entrants))
     figure, axes = panels(3, 3, (4.2, 3.8), share_y=True)
-    bands: dict[str, Band] = {}
+    shown: list[Band] = []
     for panel, against in zip(axes, X_TITLES, strict=True):
         bands = metric_bands(contest, metric, against, change)
         if not bands:
             return None
         draw_curves(panel, bands, styles, against)
         _name_absent(panel, contest, metric, bands)
-    limit_to_means(axes[0], bands.values())
+        shown += bands.values()
+    limit_to_means(axes[0], shown)
     axes[0].set_ylabel(title)
     legend(figure, styles, list(contest.entrants))
     return figure
