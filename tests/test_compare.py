@@ -212,7 +212,7 @@ def test_markdown_and_csv(contest: Contest, tmp_path: Path) -> None:
     text = markdown(table)
     assert "| algorithm | seeds | final reward | avg@4 | maj@4 | pass@4 | area, avg@4 | completions |" in text
     assert "| spo | 3 | 0.800 ± 0.497 |" in text
-    assert "| 2,000 | 20,000 | 0.200 |" in text
+    assert "| 2,000 ± 0 | 20,000 ± 0 | 12.00 ± 0.00 |" in text
     assert "| grpo | 2 | -0.150 ± 0.635 |" in text  # of the differences
     write_csv(table, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
@@ -224,11 +224,37 @@ def test_markdown_and_csv(contest: Contest, tmp_path: Path) -> None:
     assert rows["spo", "final_reward"]["difference_mean"] == ""
 
 
+def test_equal_seeds_are_not_shown_as_one() -> None:
+    better = {"reward/mean": [0.75] * 20}
+    table = make_table(make_contest([make_run("spo", seed) for seed in (0, 1)] + [make_run("grpo", 0, better)]))
+    spo, grpo = means_grid(table)[1]
+    assert (spo[2], grpo[2]) == ("0.500 ± 0.000", "0.750")
+    table = make_table(make_contest([make_run(name, seed, better) for name in ("spo", "grpo") for seed in (0, 1)]))
+    assert "| grpo | 2 | +0.000 ± 0.000 |" in markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit", "shown"),
+    [(0.02, "seconds", "0.40"), (5.9, "seconds", "118.00"), (6.1, "minutes", "2.03"), (400.0, "hours", "2.22")],
+)
+def test_times_have_a_unit_that_fits(seconds: float, unit: str, shown: str) -> None:
+    contest = make_contest([make_run("spo", 0, {"timing/iteration_s": [seconds] * 20})])
+    table = make_table(contest)
+    header, (cells,) = means_grid(table)
+    assert (header[-1], cells[-1]) == (unit, shown)
+    figure = reward_figure(contest, table)
+    assert figure is not None
+    time = figure.axes[-1]
+    assert time.get_xlabel() == f"{unit} of training, without validation"
+    assert time.lines[0].get_xdata()[-1] == pytest.approx(float(shown), abs=0.01)
+    assert len(time.get_xticks()) <= 8
+
+
 def test_without_validation_there_are_rewards_and_costs() -> None:
     contest = make_contest([make_run("spo", 0), make_run("grpo", 0)])
     header, cells = means_grid(make_table(contest))
-    assert header == ["algorithm", "seeds", "final reward", "completions", "tokens", "hours"]
-    assert cells[0] == ["spo", "1", "0.500", "2,000", "20,000", "0.200"]
+    assert header == ["algorithm", "seeds", "final reward", "completions", "tokens", "minutes"]
+    assert cells[0] == ["spo", "1", "0.500", "2,000", "20,000", "12.00"]
     assert validation_figure(contest, make_table(contest)) is None
     assert pass_at_k_figure(contest, make_table(contest)) is None
 

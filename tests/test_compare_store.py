@@ -362,6 +362,7 @@ def test_page_holds_everything_itself(report: Report) -> None:
         width, height = struct.unpack(">II", content[16:24])
         assert float(image["width"] or 0) / float(image["height"] or 1) == pytest.approx(width / height, rel=0.01)
     assert "0.800 ± 1.271" in page.text
+    assert "seconds" in page.text and "hours" not in page.text
     assert "'spo, seed 3'" in page.text and "it failed" in page.text
     assert ODD in page.text and ODD not in html and "<b>" not in html
 

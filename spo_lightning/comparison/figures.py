@@ -25,11 +25,11 @@ from spo_lightning.comparison.style import (
     panels,
 )
 from spo_lightning.comparison.table import Table
-from spo_lightning.comparison.training_run import REWARD, TrainingRun
+from spo_lightning.comparison.training_run import REWARD, TrainingRun, time_unit
 
 WINDOWS = 20  # a point of a reward curve is the mean over a twentieth of the iterations
 X_TITLES = {"completions": "completions", "tokens": "sampled tokens", "hours": "hours of training, without validation"}
-MINUTES_BELOW = 2.0  # hours: a shorter run's axis is in minutes
+TIME_TICKS = 6  # at most, so that they do not touch
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -81,13 +81,15 @@ def draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Look
     """Bands of all entrants in a panel, and its x axis."""
     factor = 1.0
     title = X_TITLES[against]
-    if against == "hours" and max(band.x[-1] for band in bands.values()) < MINUTES_BELOW:
-        factor, title = 60.0, title.replace("hours", "minutes")
+    if against == "hours":
+        unit, factor = time_unit(max(band.x[-1] for band in bands.values()))
+        title = title.replace("hours", unit)
+        axes.xaxis.set_major_locator(MaxNLocator(TIME_TICKS))
+    else:
+        counts_on_x(axes)
     for name, band in bands.items():
         draw_band(axes, Band(band.x * factor, band.mean, band.half_width), styles[name])
     axes.set(xlabel=title, xlim=(0, None))
-    if against != "hours":
-        counts_on_x(axes)
 
 
 def reward_figure(contest: Contest, table: Table) -> Figure | None:

@@ -14,7 +14,7 @@ from spo_lightning.comparison.contest import Contest
 from spo_lightning.comparison.figures import Picture
 from spo_lightning.comparison.page_template import TEMPLATE
 from spo_lightning.comparison.style import DPI, looks
-from spo_lightning.comparison.table import Table, differences_grid, explanation, means_grid
+from spo_lightning.comparison.table import Measure, Table, differences_grid, explanation, means_grid
 from spo_lightning.comparison.training_run import REWARD, TrainingRun
 
 MAX_SHOWN = 60  # characters of a parameter
@@ -61,6 +61,7 @@ def render(page: Page) -> str:
         caption = f"Difference to {contest.reference}, paired by seed: mean ± half of a 95 % interval."
         grids.append(Grid("differences", caption, *differences))
     header, cells = differing_params(contest)
+    time = page.table.measures["hours"]
     return (
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE)
@@ -76,7 +77,8 @@ def render(page: Page) -> str:
             missing=page.missing,
             notes=page.notes,
             params=Grid("params", "Parameters in which the entrants differ.", header, cells),
-            runs=[_describe(name, run, page.source) for name, runs in contest.entrants.items() for run in runs],
+            time_unit=time.title,
+            runs=[_describe(name, run, page.source, time) for name, runs in contest.entrants.items() for run in runs],
             left_out=contest.left_out,
         )
     )
@@ -103,7 +105,7 @@ def _show(values: set[str]) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _describe(entrant: str, run: TrainingRun, source: str) -> dict[str, str | None]:
+def _describe(entrant: str, run: TrainingRun, source: str, time: Measure) -> dict[str, str | None]:
     progress = run.progress()
     served = source.startswith(("http://", "https://"))
     return {
@@ -116,7 +118,7 @@ def _describe(entrant: str, run: TrainingRun, source: str) -> dict[str, str | No
         "iterations": f"{len(run.curves[REWARD].steps):,}",
         "completions": f"{progress['completions'].last:,.0f}",
         "tokens": f"{progress['tokens'].last:,.0f}",
-        "hours": f"{progress['hours'].last:.3f}",
+        "time": f"{progress['hours'].last * time.factor:,.{time.decimals}f}",
     }
 
 

@@ -162,7 +162,7 @@ TEMPLATE = (
 <div class="wide">
 <table>
 <thead><tr>
-{% for title in (by, "seed", "run", "id", "status", "iterations", "completions", "tokens", "hours") %}
+{% for title in (by, "seed", "run", "id", "status", "iterations", "completions", "tokens", time_unit) %}
 <th scope="col"><button type="button">{{ title }}</button></th>
 {% endfor %}
 </tr></thead>
@@ -171,7 +171,7 @@ TEMPLATE = (
 <tr><td>{{ run.entrant }}</td><td>{{ run.seed }}</td><td>{{ run.name }}</td>
 <td>{% if run.url %}<a href="{{ run.url }}">{% endif %}<code>{{ run.id }}</code>{% if run.url %}</a>{% endif %}</td>
 <td>{{ run.status }}</td><td>{{ run.iterations }}</td><td>{{ run.completions }}</td><td>{{ run.tokens }}</td>
-<td>{{ run.hours }}</td></tr>
+<td>{{ run.time }}</td></tr>
 {% endfor %}
 </tbody>
 </table>

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spo_lightning.comparison.contest import Benchmark, Contest
 from spo_lightning.comparison.statistics import Estimate, estimate, mean_height
-from spo_lightning.comparison.training_run import REWARD, TrainingRun
+from spo_lightning.comparison.training_run import REWARD, TrainingRun, time_unit
 
 FINAL_SHARE = 10  # the final reward is the mean over the last tenth of the iterations
 
@@ -23,11 +23,13 @@ class Measure:
         title: heading.
         decimals: that are shown.
         is_result: a difference between entrants says which one learned better; others are what it cost.
+        factor: what values are shown in multiples of: 60 shows hours as minutes.
     """
 
     title: str
     decimals: int
     is_result: bool
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def make_table(contest: Contest) -> Table:
     """Summarise every run, then every entrant, then the pairs of runs with equal seeds."""
     common = _common_range(contest)
     values = {run.id: _run_values(run, contest.benchmark, common) for run in contest.runs}
-    measures = _measures(contest.benchmark)
+    measures = _measures(contest.benchmark, max(found["hours"] for found in values.values()))
     present = {key: measure for key, measure in measures.items() if any(key in found for found in values.values())}
     rivals = contest.entrants.get(contest.reference or "", ())
     partners = {run.seed: values[run.id] for run in rivals if run.seed is not None}
@@ -85,7 +87,7 @@ def means_grid(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the entrants' means."""
     header = [table.by, "seeds", *(measure.title for measure in table.measures.values())]
     cells = [
-        [row.name, str(row.seeds), *(show(row.means.get(key), m.decimals) for key, m in table.measures.items())]
+        [row.name, str(row.seeds), *(show(row.means.get(key), m) for key, m in table.measures.items())]
         for row in table.rows
     ]
     return header, cells
@@ -102,19 +104,21 @@ def differences_grid(table: Table) -> tuple[list[str], list[list[str]]] | None:
         [
             row.name,
             str(next(iter(row.differences.values())).count),
-            *(show(row.differences.get(key), m.decimals, sign="+") for key, m in results.items()),
+            *(show(row.differences.get(key), m, sign="+") for key, m in results.items()),
         ]
         for row in rows
     ]
     return header, cells
 
 
-def show(value: Estimate | None, decimals: int, sign: str = "") -> str:
-    """``0.934 ± 0.012``; a dash for what there is not, no interval where there is none or all values are equal."""
+def show(value: Estimate | None, measure: Measure, sign: str = "") -> str:
+    """``0.934 ± 0.012``; a dash for what there is not, no interval where there is none."""
     if value is None:
         return "–"
-    mean = f"{value.mean:{sign}z,.{decimals}f}"
-    return f"{mean} ± {value.half_width:,.{decimals}f}" if value.half_width else mean
+    mean = f"{value.mean * measure.factor:{sign}z,.{measure.decimals}f}"
+    if value.half_width is None:
+        return mean
+    return f"{mean} ± {value.half_width * measure.factor:,.{measure.decimals}f}"
 
 
 def markdown(table: Table) -> str:
@@ -130,13 +134,13 @@ def explanation() -> str:
     return (
         "Mean over seeds ± half of a 95 % interval (Student's t over seeds, which with one seed there is not). Final "
         "reward: mean over the last tenth of a run's iterations. Validation: the last one. Area: under the validation "
-        "curve over the completions that all runs cover, divided by their number: the curve's mean height. Hours: the "
-        "iterations' own time, without validation."
+        "curve over the completions that all runs cover, divided by their number: the curve's mean height. Time: the "
+        "iterations' own, without validation."
     )
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """One line for each entrant and measure: mean and difference, each with its interval."""
+    """One line for each entrant and measure: mean and difference, each with its interval; time is in hours."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         fields = ["count", "mean", "low", "high"]
@@ -158,7 +162,8 @@ def _markdown_grid(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:]))
 
 
-def _measures(benchmark: Benchmark | None) -> dict[str, Measure]:
+def _measures(benchmark: Benchmark | None, longest_hours: float) -> dict[str, Measure]:
+    unit, per_hour = time_unit(longest_hours)
     measures = {"final_reward": Measure("final reward", 3, True)}
     if benchmark is not None:
         n, k = benchmark.samples, benchmark.largest_k
@@ -171,7 +176,7 @@ def _measures(benchmark: Benchmark | None) -> dict[str, Measure]:
     return measures | {
         "completions": Measure("completions", 0, False),
         "tokens": Measure("tokens", 0, False),
-        "hours": Measure("hours", 3, False),
+        "hours": Measure(unit, 2, False, per_hour),
     }
 
 

@@ -14,6 +14,8 @@ START_COMPLETIONS = "progress/start_completions"
 VALUE_START = "data/value_start/class_path"
 MEASURED_STARTS = ("DrawValues", "ValueFile")
 
+PER_HOUR = {"hours": 1.0, "minutes": 60.0, "seconds": 3600.0}
+
 BOOKKEEPING = ("trainer/logger/", "trainer/default_root_dir", "resume_")  # where a run is kept, not what it is
 
 
@@ -123,3 +125,10 @@ class TrainingRun:
             "tokens": self.curves[TOKENS],
             "hours": Curve(seconds.steps, seconds.values / 3600),
         }
+
+
+def time_unit(longest_hours: float) -> tuple[str, float]:
+    """The unit to show times in, and how many an hour has: the largest of which the longest time is two or more."""
+    fit = (unit for unit, per_hour in PER_HOUR.items() if longest_hours * per_hour >= 2)
+    unit = next(fit, "seconds")
+    return unit, PER_HOUR[unit]
