@@ -75,7 +75,7 @@ class Bench:
     def _ours(self, side: str, root: Path, record: Path, seed: int) -> list[str]:
         clock = {"class_path": "against_trl.our_clock.IterationClock", "init_args": {"output": str(record)}}
         own = ["--trainer.default_root_dir", str(root), "--trainer.callbacks", json.dumps([clock])]
-        algorithm = "grpo" if side == OURS else "spo"
+        algorithm = "grpo" if side == OURS else "no_warm_start"
         arguments = [*spo_arguments(algorithm, self.iterations, seed), *own, *shlex.split(self.further)]
         return [sys.executable, "-m", "spo_lightning", "fit", *arguments]
 

@@ -15,17 +15,17 @@ from runs import make_run
 
 ROOT = Path(__file__).parents[1]
 # Overlay: advantage, loss's dual clip, copies of a prompt, forgetting, weights, start.
-SPO: tuple[Any, ...] = ("TrajectoryNormalized", 10.0, 1, "KLHalfLife", "PrioritizedWeights", "PriorStart")
+SPO: tuple[Any, ...] = ("TrajectoryNormalized", 10.0, 1, "KLHalfLife", "PrioritizedWeights", "DrawValues")
 EXPECTED: dict[str, tuple[Any, ...]] = {
     "spo": SPO,
     "spo_plus_plus": ("TokenNormalized", 2.0, 1, "EventTime", *SPO[4:]),
     "grpo": ("GroupNormalized", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
     "grpo_dynamic_sampling": ("GroupNormalized", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
     "rloo": ("LeaveOneOut", 10.0, 8, "KLHalfLife", "UniformWeights", "PriorStart"),
-    "frozen_baseline": (*SPO[:3], "FrozenStart", "PrioritizedWeights", "DrawValues"),
+    "frozen_baseline": (*SPO[:3], "FrozenStart", *SPO[4:]),
     "no_baseline": SPO,
-    "no_warm_start": SPO,
-    "no_curriculum": (*SPO[:4], "UniformWeights", "PriorStart"),
+    "no_warm_start": (*SPO[:5], "PriorStart"),
+    "no_curriculum": (*SPO[:4], "UniformWeights", "DrawValues"),
 }
 SHORT = {
     "batch_size": 16,
@@ -66,7 +66,7 @@ def test_overlays_run_with_equal_budgets(name: str, monkeypatch: pytest.MonkeyPa
     assert module.completions_seen == 32 + thrown - 8 * missing
     assert ("signal/degenerate_groups" in rows[0]) == (found[2] > 1)
     drawn = [float(row["progress/start_completions"]) for row in rows if row.get("progress/start_completions")]
-    assert drawn == ([24 * 8] if name == "frozen_baseline" else [])
+    assert drawn == ([24 * 8] if found[5] == "DrawValues" else [])
     assert {"signal/reward_variance", "signal/near_zero_0.02"} <= set(rows[0])
 
 

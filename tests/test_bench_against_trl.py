@@ -77,7 +77,8 @@ def test_both_sides_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_spo_keeps_one_completion_a_prompt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cli = parse("spo", monkeypatch, tmp_path)
+    cli = parse("no_warm_start", monkeypatch, tmp_path)
+    assert type(cli.datamodule.value_start).__name__ == "PriorStart"
     assert cli.datamodule.completions_per_prompt == 1
     assert type(cli.model.advantage).__name__ == "TrajectoryNormalized"
     assert cli.config.fit.data.prompt_weights.class_path.endswith("PrioritizedWeights")

@@ -126,7 +126,7 @@ def spo_arguments(algorithm: str, iterations: int, seed: int) -> list[str]:
     """Arguments of ``spo fit`` after the quickstart's configuration.
 
     Args:
-        algorithm: "grpo" or "spo", a file in configs/algorithm/.
+        algorithm: "grpo" or "no_warm_start", a file in configs/algorithm/.
         iterations: of the run.
         seed: of the run.
     """
