@@ -99,7 +99,7 @@ class Policy(nn.Module):
 
         Returns:
             ``(logprobs, entropy)``, both (P,) float32, one for each of the P sampled tokens in the order of the mask.
-            ``entropy`` (nats, of the distribution each token was drawn from) carries no gradient.
+            ``entropy`` (nats, of the whole softmax at this temperature, without top-p and top-k) carries no gradient.
         """
         predicts = completion_mask.roll(-1, dims=-1)
         model = backbone(self.model)

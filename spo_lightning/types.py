@@ -37,7 +37,10 @@ class Prompt:
 
 @dataclass(frozen=True)  # no slots: jsonargparse reads the default instances of configurable classes
 class SamplingParams:
-    """How completions are sampled. The defaults are the paper's training settings.
+    """How completions are sampled.
+
+    The defaults are the paper's training settings, but for 8,192 tokens, which are the public recipe's; the paper's are
+    16,384.
 
     Attributes:
         max_tokens: most tokens sampled for one completion.

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and the entropy of the distributions they were drawn from."""
+"""Log-probabilities of given tokens, and the entropy of the softmax over the whole vocabulary at their positions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from spo_lightning.algorithms._checks import raise_problems
 def selected_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return each token's log-probability, and the entropy at its position.
 
+    Both are of the whole softmax at this temperature: top-p and top-k, if tokens were sampled with them, do not enter.
     Computed in float32, or in float64 when the logits are. Logits of minus infinity (forbidden tokens) are allowed.
 
     Args:
