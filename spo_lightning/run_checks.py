@@ -113,6 +113,7 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         )
     check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
     _check_collection(module, data)
+    _check_sampling(module)
     if data.sampler.num_distinct > len(data.dataset):
         rank_zero_warn(
             f"an iteration draws {data.sampler.num_distinct} of {len(data.dataset)} prompts: they repeat in a batch"
@@ -126,11 +127,6 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         rank_zero_warn(
             "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
             "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
-        )
-    if module.sampling.top_p < 1 or module.sampling.top_k > 0:
-        rank_zero_warn(
-            f"model.sampling has top_p {module.sampling.top_p} and top_k {module.sampling.top_k}: completions come "
-            "from a truncated distribution, ratios are taken on the full one; the paper trains with both off"
         )
 
 
@@ -178,6 +174,22 @@ def _check_collection(module: SPOModule, data: SPODataModule) -> None:
             "model.collection.max_staleness is 0 and the engine goes on while the policy trains: what it begins "
             "then is one version old; allow at least 1, or set model.collection.unfinished to drop"
         )
+
+
+def _check_sampling(module: SPOModule) -> None:
+    if module.sampling.top_p == 1 and module.sampling.top_k == 0:
+        return
+    found = f"model.sampling has top_p {module.sampling.top_p} and top_k {module.sampling.top_k}"
+    if module.old_logprobs == "engine":
+        raise ConfigError(
+            f"{found}, and model.old_logprobs is engine: the engine's log-probabilities are of a truncated "
+            "distribution, the trainer's of the full one, so ratios and drift would be off where nothing has changed; "
+            "set model.old_logprobs to auto or trainer, or top_p to 1 and top_k to 0"
+        )
+    rank_zero_warn(
+        f"{found}: completions come from a truncated distribution, ratios are taken on the full one; the paper trains "
+        "with both off"
+    )
 
 
 def check_benchmarks(reward: Reward, datasets: Mapping[str, PromptDataset]) -> None:

@@ -172,7 +172,8 @@ class StoredCompletion:
         token_ids: (T,) int32, cut after the last of the kept sampled tokens.
         completion_mask: (T,) bool, True where the policy sampled the token.
         logprobs: (S,) float32, S = number of True in the mask: log-probability of each sampled token under the policy
-            that acted then, before it learned from the completion.
+            that learned from the completion, before it did. An older one may have sampled what was carried over. With
+            ``old_logprobs: engine``, and of what was discarded, they are the engine's.
     """
 
     token_ids: Tensor

@@ -504,6 +504,14 @@ def test_settings_that_bias_the_update_warn(tmp_path, dtype, sampling, message):
         trainer.fit(module, data)
 
 
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}])
+def test_log_probabilities_of_a_truncated_engine_are_refused_as_old_ones(tmp_path, sampling):
+    """Such a run would show drift, and ratios other than 1, though no weight moved."""
+    trainer, module, data = make_run(tmp_path, sampling=SamplingParams(8, **sampling), old_logprobs="engine")
+    with pytest.raises(ConfigError, match="and model.old_logprobs is engine: .*of a truncated distribution"):
+        trainer.fit(module, data)
+
+
 def test_more_mini_batches_than_completions_warn(tmp_path):
     trainer, module, data = make_run(tmp_path, data={"num_iterations": 1}, num_minibatches=5)
     with pytest.warns(UserWarning, match="num_minibatches is 5 and data.batch_size 4: an iteration takes one"):

@@ -27,7 +27,7 @@ class DriftEstimator(ABC):
 
         Args:
             acting_logprobs: (S,) float, of the stored tokens under the policy that acts now; completions end to end.
-            stored_logprobs: (S,) float, of the same tokens under the policy that sampled them.
+            stored_logprobs: (S,) float, of the same tokens under the policy that learned from them.
             lengths: (B,) int64, tokens of each completion, adding up to S; 0 for a prompt without history.
 
         Returns:
