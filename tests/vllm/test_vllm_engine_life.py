@@ -137,6 +137,26 @@ def test_end_of_sequence_and_length_ends(policy: tuple[str, PreTrainedModel], en
     assert (ended[2].finish_reason, ended[2].token_ids.tolist()) == ("length", free[:2])
 
 
+def test_tokens_that_are_handed_over_in_pieces_are_the_same(
+    policy: tuple[str, PreTrainedModel], engines: list[VLLMEngine]
+) -> None:
+    """What vLLM has not handed over when a request leaves is sampled anew, under the weights of then."""
+    folder, model = policy
+    engines.append(start(folder))
+    free = run(engines[0], [request(0, seed=1)])[0].token_ids.tolist()
+    engines.pop().close()
+    engines.append(start(folder, eos=(free[10],), engine_args={"stream_interval": 4}))
+    assert run(engines[0], [request(0, seed=1)])[0].token_ids.tolist() == free[: free.index(free[10]) + 1]
+    engines[0].submit([request(1, seed=1, max_tokens=9)])
+    for _ in range(4):
+        engines[0].step()
+    assert engines[0].partials()[0].token_ids.tolist() == free[:1]  # the first comes at once
+    engines[0].update_weights(model.named_parameters(), 5)
+    completion = run(engines[0])[1]
+    assert completion.policy_versions.tolist() == [0] + [5] * (len(completion.token_ids) - 1)
+    assert_teacher_forced(model, completion)
+
+
 def test_level_two_sleep_needs_a_push(policy: tuple[str, PreTrainedModel], engines: list[VLLMEngine]) -> None:
     folder, model = policy
     engine = start(folder, sleep_level=2)
