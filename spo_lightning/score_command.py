@@ -17,6 +17,7 @@ from spo_lightning.generation_files import BenchmarkRow, GenerationSettings, rea
 from spo_lightning.metrics import cluster_answers
 from spo_lightning.protocols import Reward
 from spo_lightning.rewards import ExactMatchReward, FunctionReward, MathVerifyReward  # noqa: F401 (short names)
+from spo_lightning.rollouts.grades import grades_of
 
 Generations = Mapping[str, tuple[GenerationSettings, list[BenchmarkRow]]]
 
@@ -53,8 +54,12 @@ def regraded(rows: Sequence[BenchmarkRow], num_samples: int, reward: Reward) -> 
         rows: by problem and sample.
         num_samples: completions of each problem.
         reward: grades what the policy wrote, as in a run.
+
+    Raises:
+        TypeError, ValueError: it gives something else than a grade a completion.
     """
-    grades = reward.grade(
+    grades = grades_of(
+        reward,
         [row.completion if row.sampled_text is None else row.sampled_text for row in rows],
         [row.reference for row in rows],
         [row.prompt for row in rows],

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from spo_lightning.protocols import Reward, RolloutEngine
+from spo_lightning.rollouts.grades import grades_of
 from spo_lightning.types import Completion, Grade, Prompt, RolloutRequest, SamplingParams
 
 
@@ -90,8 +91,12 @@ class RolloutCollector:
         return [finished[i] for i in ids]
 
     def grade(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Rollout]:
-        """Grade what the policy wrote for each prompt, in order; the output of tools is no answer."""
-        grades = self.reward.grade(
+        """Grade what the policy wrote for each prompt, in order; the output of tools is no answer.
+
+        Raises TypeError or ValueError where the reward gives something else than a grade a completion.
+        """
+        grades = grades_of(
+            self.reward,
             [c.text if c.sampled_text is None else c.sampled_text for c in completions],
             [prompt.reference for prompt in prompts],
             [prompt.text for prompt in prompts],

@@ -1,0 +1,87 @@
+"""What a reward gives is checked where it is asked, before anything counts or learns from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spo_lightning.generation_files import BenchmarkRow
+from spo_lightning.protocols import Reward
+from spo_lightning.rollouts.collector import RolloutCollector
+from spo_lightning.score_command import regraded
+from spo_lightning.types import Completion, Grade, Prompt
+
+NONE = torch.zeros(0)
+COMPLETIONS = [Completion(i, (1,), NONE.long(), NONE, NONE.bool(), NONE.long(), "a", "stop") for i in range(2)]
+PROMPTS = [Prompt(i, f"p{i}", "?", (1,), "1") for i in range(2)]
+
+
+class Gives(Reward):
+    """Grades every batch alike."""
+
+    def __init__(self, grades: Any) -> None:
+        self.grades = grades
+
+    def grade(self, completions, references, prompts):
+        return self.grades
+
+
+class Awaited(Reward):
+    async def grade(self, completions, references, prompts):
+        return [Grade(1.0) for _ in completions]
+
+
+def graded(reward: Reward) -> list[Grade]:
+    return [rollout.grade for rollout in RolloutCollector(None, reward).grade(PROMPTS, COMPLETIONS)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (np.int64(3), 3.0), (-1.5, -1.5)]
+)
+def test_any_real_number_becomes_a_float(value: Any, expected: float) -> None:
+    first, second = graded(Gives((Grade(value, "7"), Grade(None, None, "timeout"))))
+    assert (first, type(first.value)) == (Grade(expected, "7"), float)
+    assert second == Grade(None, None, "timeout")
+
+
+@pytest.mark.parametrize(
+    ("grades", "error", "message"),
+    [
+        (
+            [Grade(1.0), Grade(math.nan)],
+            ValueError,
+            r"Grade\(value=nan.*must be finite: give None",
+        ),
+        ([Grade(-math.inf)] * 2, ValueError, "must be finite"),
+        ([1.0, 0.0], TypeError, r"a list with 1.0 of type float; each entry must be a .*such as Grade\(1.0\)"),
+        ([Grade(1.0)], ValueError, "1 grades for 2 completions; it must return one for each"),
+        (iter([Grade(1.0)] * 2), TypeError, "of type list_iterator; it must return a list"),
+        (None, TypeError, "None of type NoneType; it must return a list"),
+        (
+            [Grade(torch.tensor(1.0))] * 2,
+            TypeError,
+            r"type Tensor; a value must be a number, such as float",
+        ),
+        ([Grade("1")] * 2, TypeError, "value is of type str"),
+        ([Grade(1.0, 7)] * 2, TypeError, r"answer is of type int; an answer must be text.*str\(answer\)"),
+    ],
+)
+def test_what_is_no_grade_is_refused_with_the_reward_s_name(grades: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^Gives.grade returned .*{message}"):
+        graded(Gives(grades))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_grade_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Awaited.grade is async; write it as a plain method"):
+        graded(Awaited())
+
+
+def test_kept_completions_are_graded_again_by_the_same_rules() -> None:
+    row = BenchmarkRow(0, 0, "p", "?", "1", "a", None, None, -1, 0.0, "", 1, "stop", 0)
+    with pytest.raises(ValueError, match="must be finite"):
+        regraded([row], 1, Gives([Grade(math.nan)]))
