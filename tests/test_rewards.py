@@ -203,6 +203,35 @@ def of_a_batch(completions, **columns):
     return [1.0 for _ in completions]
 
 
+def of_verl(data_source, solution_str, ground_truth, extra_info=None):
+    """As verl calls its own."""
+    return float(solution_str == ground_truth)
+
+
+async def awaited(completion, reference, prompt):
+    return 1.0
+
+
+class Awaited:
+    async def __call__(self, completion, reference, prompt):
+        return 1.0
+
+
+def test_a_function_with_verls_parameters_is_refused_with_the_wrapper_that_works() -> None:
+    with pytest.raises(ValueError, match=r"of_verl\(data_source, .* has verl's parameters") as refused:
+        FunctionReward(f"{__name__}:of_verl")
+    head, body = str(refused.value).split("name a wrapper instead: ")[1].split(": ")
+    scope = {"of_verl": of_verl}
+    exec(f"{head}: {body}", scope)
+    assert FunctionReward(scope["score"]).grade(["7", "8"], ["7", "7"], ["", ""]) == [Grade(1.0), Grade(0.0)]
+
+
+@pytest.mark.parametrize("function", [awaited, Awaited()])
+def test_an_async_function_is_refused(function: object) -> None:
+    with pytest.raises(ValueError, match="is async, .*write a plain function, which may call asyncio.run"):
+        FunctionReward(function)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("pattern", "answer"), [(None, "7"), (r"#### (\d+)", "42"), (r"\d+ apples", "3 apples"), ("no", None)]
 )

@@ -16,6 +16,8 @@ from spo_lightning.protocols import Reward
 from spo_lightning.rewards.extraction import answer_finder
 from spo_lightning.types import Grade
 
+_OF_VERL = ("data_source", "solution_str", "ground_truth")  # its reward functions' parameters
+
 
 class FunctionReward(Reward):
     r"""The reward that a function returns for (completion, reference, prompt).
@@ -30,8 +32,8 @@ class FunctionReward(Reward):
             match when it has none; the last match counts. ``None`` takes the content of the last ``\boxed{...}``.
 
     Raises:
-        ValueError: the import string has no module, or names nothing that can be called with three texts; or the
-            pattern does not compile or has more than one group.
+        ValueError: the import string has no module, or names nothing that can be called with three texts; the function
+            is async, or its parameters are verl's; or the pattern does not compile or has more than one group.
     """
 
     def __init__(self, function: str | Callable[[str, str, str], float | None], pattern: str | None = None) -> None:
@@ -39,7 +41,7 @@ class FunctionReward(Reward):
         self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if not callable(self.function):
             raise ValueError(f"{self.name} is {self.function!r}; a reward function must be callable")
-        _require_three_arguments(self.function, self.name)
+        _require_call(self.function, self.name)
         self._answer = answer_finder(pattern)
 
     def grade(self, completions: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> list[Grade]:
@@ -71,11 +73,25 @@ class FunctionReward(Reward):
         return Grade(float(value), answer)
 
 
-def _require_three_arguments(function: Callable[..., Any], name: str) -> None:
+def _require_call(function: Callable[..., Any], name: str) -> None:
+    """Refuse what cannot be called with three texts, or would take them for something else."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise ValueError(
+            f"reward function {name} is async, so that it returns a coroutine and no number; write a plain function, "
+            "which may call asyncio.run itself"
+        )
     try:
         signature = inspect.signature(function)
     except ValueError:  # a built-in that does not tell
         return
+    of_verl = [parameter for parameter in signature.parameters if parameter in _OF_VERL]
+    if of_verl:
+        raise ValueError(
+            f"reward function {name}{signature} has verl's parameters ({', '.join(of_verl)}), and here it would be "
+            "given (completion, reference, prompt) in their places; name a wrapper instead: "
+            f"def score(completion, reference, prompt): return {name.rpartition(':')[2].rpartition('.')[2]}"
+            "(data_source='', solution_str=completion, ground_truth=reference)"
+        )
     try:
         signature.bind("completion", "reference", "prompt")
     except TypeError as error:
