@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -192,6 +193,7 @@ class SPOModule(LightningModule):
         self.exported_path: Path | None = None
         self.benchmark_results: dict[str, BenchmarkResult] = {}
         self.generations_folder: Path | None = None
+        self._told_undecided = False
 
     # Set-up and take-down
 
@@ -381,6 +383,9 @@ class SPOModule(LightningModule):
             self.policy_version = batch.iteration + 1
         if decided:
             metrics |= signal_metrics(learned.outcome.reward, collected.baseline[decided], collected.group[decided])
+        elif not self._told_undecided:
+            self._told_undecided = True
+            self._warn_undecided(rollouts, batch.iteration)
         tokens = sum(rollout.completion.num_sampled for rollout in rollouts)
         self.completions_seen += len(rollouts)
         self.tokens_seen += tokens + int(collected.metrics.get("collection/dropped_tokens", 0))
@@ -393,6 +398,16 @@ class SPOModule(LightningModule):
         by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, learned.advantages.tolist(), strict=True))
         records = completion_records(batch.iteration, rollouts, collected.baseline, by_row)
         return {"outcome": learned.outcome, "records": records}
+
+    def _warn_undecided(self, rollouts: Sequence[Rollout], iteration: int) -> None:
+        """Say that a whole iteration taught nothing; the run goes on, as a grader may recover."""
+        causes = Counter(rollout.grade.cause or "no cause given" for rollout in rollouts)
+        named = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+        rank_zero_warn(
+            f"{type(self.reward).__name__} decided none of the {len(rollouts)} completions of iteration "
+            f"{iteration + 1:,} ({named}), so that it taught nothing; a grade needs a number: see that the reward "
+            "returns one, or why its grader gives up. Later iterations like it are told by verifier/undecided alone"
+        )
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Log-probability of every sampled token under the present policy; see ``learner.score``."""

@@ -114,6 +114,20 @@ def test_an_iteration_without_any_decision_changes_nothing(tmp_path):
     assert (data.tracker.effective_count == 1).all()
 
 
+def test_the_first_iteration_without_any_decision_is_told_once(tmp_path):
+    calls = []
+
+    def gives_up(completion, reference, prompt):
+        calls.append(completion)
+        return 1.0 if len(calls) <= 4 else None  # four completions an iteration
+
+    trainer, module, data = make_run(tmp_path, gives_up)
+    with pytest.warns(UserWarning) as warnings:
+        trainer.fit(module, data)
+    (told,) = [str(warning.message) for warning in warnings if "taught nothing" in str(warning.message)]
+    assert "FunctionReward decided none of the 4 completions of iteration 2 (undecided 4)" in told
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [24, 1000])
 def test_micro_batches_do_not_change_the_trajectory(tmp_path, micro_batch_tokens):
     recorder = Recorder()
