@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class NonFiniteGuard:
     def admit(
         self, loss: float, grad_norm: float, module: nn.Module, batch: Experience, path: Path, ranks: Ranks
     ) -> bool:
-        """True when the step may be taken; otherwise dump what led to it.
+        """True when the step may be taken; otherwise dump what led to it, and warn at the first of the run.
 
         Args:
             loss: the mini-batch's loss.
@@ -66,6 +67,14 @@ class NonFiniteGuard:
                 f"{self.in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
                 f"(last: loss {loss}, gradient norm {grad_norm}). The mini-batch of the last one is in {path}; "
                 "look at its log-probabilities and advantages, then lower the learning rate or raise trainer.precision"
+            )
+        if self.skipped == 1 and ranks.rank == 0:
+            warnings.warn(
+                f"an optimiser step is skipped, as it must be finite and has loss {loss} and gradient norm "
+                f"{grad_norm}; its mini-batch is in {path}. policy/skipped_steps counts later ones, and "
+                f"max_skipped_steps={self.max_in_a_row} in a row end the run: look at the dump, or lower the learning "
+                "rate",
+                stacklevel=2,
             )
         return False
 

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 
 from spo_lightning.algorithms import AdvantageEstimator, PPOClipLoss, UniformWeights
+from spo_lightning.callbacks import RunSummary
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import TokenSequence
 from spo_lightning.learner import score
@@ -169,12 +171,14 @@ class Poisoned(PPOClipLoss):
         return (loss * float("nan") if self.count in self.calls else loss), metrics
 
 
-def test_a_step_that_is_not_finite_is_skipped_dumped_and_counted(tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_dumped_and_counted(tmp_path, capsys):
     recorder = Recorder()
     trainer, module, data = make_run(
-        tmp_path, callbacks=[recorder], loss=Poisoned({2}), micro_batch_tokens=1000, max_skipped_steps=2
+        tmp_path, callbacks=[recorder, RunSummary()], loss=Poisoned({2}), micro_batch_tokens=1000, max_skipped_steps=2
     )
-    trainer.fit(module, data)
+    with pytest.warns(UserWarning, match="an optimiser step is skipped"):
+        trainer.fit(module, data)
+    assert re.search(rf"skipped steps +1 of the run, .*: see {tmp_path}/nonfinite\n", capsys.readouterr().out)
     assert [path.name for path in (tmp_path / "nonfinite").iterdir()] == ["iteration-000001-step-00.pt"]
     assert [metrics["policy/skipped_steps"] for metrics in recorder.metrics] == [0, 1, 1]
     assert all(math.isfinite(metrics["policy/loss"]) for metrics in recorder.metrics)

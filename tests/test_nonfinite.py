@@ -1,6 +1,7 @@
 """A step that is not finite is skipped, counted, dumped, and fatal when it goes on."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_a_bad_step_is_refused_counted_and_dumped(tmp_path, loss, norm):
     assert dump["token_ids"][0].tolist() == [1, 2]
     assert dump["advantages"].tolist() == [1.5]
     assert guard.skipped == 1
+
+
+def test_the_first_skipped_step_of_a_run_is_told_with_its_reason_and_dump(tmp_path):
+    guard = NonFiniteGuard(3)
+    with pytest.warns(UserWarning, match=r"loss nan and gradient norm 1.0; its mini-batch is in .*/a\.pt.*=3 in a row"):
+        guard.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path / "a.pt", Ranks())
+    resumed, other = NonFiniteGuard(3), Ranks()
+    resumed.load_state_dict(guard.state_dict())
+    other.rank = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.admit(math.nan, 1.0, module(0.0), BATCH, tmp_path / "b.pt", Ranks())
+        NonFiniteGuard(3).admit(math.nan, 1.0, module(0.0), BATCH, tmp_path / "c.pt", other)
 
 
 def test_a_good_step_starts_the_count_anew_and_the_limit_stops_with_the_path(tmp_path):

@@ -30,7 +30,8 @@ class RunSummary(Callback):
 
     Of a test or a validation alone it prints the benchmarks as a row of the paper's table.
 
-    Counts and times are those of this process: a resumed run starts from zero.
+    Counts and times are those of this process: a resumed run starts from zero. Optimiser steps that were skipped are
+    those of the whole run; without any there is no line.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class RunSummary(Callback):
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
         if not trainer.is_global_zero or not (self._iterations or how == "finished"):
             return
-        rows = [*self._cost(), *_places(trainer, pl_module)]
+        rows = [*self._cost(), *_skipped(trainer, pl_module), *_places(trainer, pl_module)]
         if self._iterations:
             first, last = self._iterations[0] + 1, self._iterations[-1] + 1
             print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
@@ -105,6 +106,12 @@ class RunSummary(Callback):
         shares = {**self._stage_seconds, "other": other}
         split = ", ".join(f"{stage} {seconds / self._seconds:.0%}" for stage, seconds in shares.items())
         yield "time", f"{1000 * self._seconds / self._completions:.1f} s per 1,000 completions: {split}"
+
+
+def _skipped(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, str]]:
+    if isinstance(pl_module, SPOModule) and pl_module.guard.skipped:
+        dumps = f"{trainer.default_root_dir}/nonfinite"
+        yield "skipped steps", f"{pl_module.guard.skipped:,} of the run, loss or gradient not finite: see {dumps}"
 
 
 def _next_step(trainer: Trainer) -> tuple[str, str]:
