@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,9 @@ def accumulate_gradient(
         ``policy/loss``, ``policy/entropy`` (nats per sampled token), the metrics of the loss and
         ``perf/padding_fraction``, over the global mini-batch; and its old log-probabilities, which are this pass's own
         when the batch has none.
+
+    Raises:
+        TypeError: the loss returns something else than a scalar with gradient and scalar metrics by name.
     """
     totals = BatchTotals(tokens=batch.num_tokens, sequences=len(batch))
     plan = micro.plan([len(sequence) for sequence in batch.sequences], ranks.world_size)
@@ -112,7 +115,8 @@ def accumulate_gradient(
         weights = None
         if correction is not None:
             weights = correction(old, _lay_out(_flat(part.sampling_logprobs, logprobs), mask), mask).weights
-        loss, metrics = loss_function(_lay_out(logprobs, mask), old, advantages.to(logprobs), mask, totals, weights)
+        returned = loss_function(_lay_out(logprobs, mask), old, advantages.to(logprobs), mask, totals, weights)
+        loss, metrics = _loss_and_metrics(returned, type(loss_function).__name__)
         backward(loss * ranks.world_size, number == len(parts))
         sums["policy/loss"] += loss.detach()
         sums["policy/entropy"] += entropy.sum() / totals.tokens
@@ -121,6 +125,34 @@ def accumulate_gradient(
     summed = ranks.sum({name: value.item() for name, value in sums.items()})
     old_logprobs = batch.old_logprobs or tuple(_merge(mine, len(batch), ranks))
     return {**summed, "perf/padding_fraction": plan.padding_fraction}, old_logprobs
+
+
+def _loss_and_metrics(returned: object, name: str) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    """What a loss returned, which may be the user's own, if it is what the learner adds up."""
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        raise TypeError(
+            f"the loss {name} returned {_described(returned)}; it must return the loss and a dict of metrics, which "
+            "may be empty: return loss, {}"
+        )
+    loss, metrics = returned
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        raise TypeError(
+            f"the loss {name} returned {_described(loss)} as its loss; it must be a scalar tensor with gradient, "
+            "computed from policy_logprobs: add up the tokens, as spo_lightning.algorithms.aggregate does"
+        )
+    for key, value in metrics.items():
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
+            raise TypeError(
+                f"the loss {name} returned {_described(value)} as its metric {key!r}; it must be a scalar: this "
+                "micro-batch's share of the mini-batch's"
+            )
+    return loss, metrics
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} gradient"
+    return f"{value!r:.200} of type {type(value).__name__}"
 
 
 def _flat(values: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -25,15 +25,25 @@ def build_experience(
         baseline: (B,) float64, of each one's prompt when it was drawn.
         group: (B,) int64, the same for copies of a prompt that were drawn together.
         advantage: estimator over the decided completions.
+
+    Raises:
+        TypeError: it returns something else than one advantage a completion.
     """
     decided = decided_rows(rollouts)
     completions = [rollouts[row].completion for row in decided]
     lengths = torch.tensor([completion.num_sampled for completion in completions])
+    advantages = advantage(_rewards(rollouts, decided), baseline[decided], lengths, group[decided])
+    if not isinstance(advantages, Tensor) or advantages.shape != lengths.shape:
+        found = f"shape {tuple(advantages.shape)}" if isinstance(advantages, Tensor) else f"{advantages!r:.200}"
+        raise TypeError(
+            f"the advantage estimator {type(advantage).__name__} returned {found}; it must return a tensor of shape "
+            f"({len(completions)},), one advantage a completion"
+        )
     return Experience(
         tuple(TokenSequence.join(rollouts[row].prompt, rollouts[row].completion) for row in decided),
         None,
         tuple(completion.sampling_logprobs[completion.completion_mask] for completion in completions),
-        advantage(_rewards(rollouts, decided), baseline[decided], lengths, group[decided]),
+        advantages,
     )
 
 

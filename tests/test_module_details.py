@@ -445,6 +445,60 @@ def test_parts_of_an_algorithm_that_cannot_be_called_are_refused_before_anything
     trainer.fit(module, data)
 
 
+class Returns(PolicyLoss):
+    """Gives what a function makes of the log-probabilities."""
+
+    def __init__(self, returned):
+        self.returned = returned
+
+    def __call__(self, policy_logprobs, *others):
+        return self.returned(policy_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda p: p.sum(), r"returned a tensor of shape \(\) with gradient; it must return the loss and a dict"),
+        (lambda p: (p.sum(), None), r"returned \(tensor.*of type tuple; .*return loss, \{\}"),
+        (lambda p: (p, {}), r"returned a tensor of shape \(\d+, \d+\) with gradient as its loss; it must be a scalar"),
+        (lambda p: (p.sum().detach(), {}), r"returned a tensor of shape \(\) without gradient as its loss"),
+        (lambda p: (0.0, {}), r"returned 0.0 of type float as its loss"),
+        (
+            lambda p: (p.sum(), {"a/b": p.detach()[0]}),
+            r"returned a .* without gradient as its metric 'a/b'; .* scalar",
+        ),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_refused_by_name(tmp_path, returned, message):
+    trainer, module, data = make_run(tmp_path, loss=Returns(returned))
+    with pytest.raises(TypeError, match=f"^the loss Returns {message}"):
+        trainer.fit(module, data)
+
+
+def test_a_loss_without_metrics_trains(tmp_path):
+    trainer, module, data = make_run(tmp_path, loss=Returns(lambda p: (p.sum(), {})), data={"num_iterations": 1})
+    trainer.fit(module, data)
+    assert trainer.global_step == 2
+
+
+class Stands(AdvantageEstimator):
+    def __call__(self, reward, *others, **more):
+        return reward.unsqueeze(-1)
+
+
+class Lists(AdvantageEstimator):
+    def __call__(self, reward, *others, **more):
+        return reward.tolist()
+
+
+@pytest.mark.parametrize(("advantage", "found"), [(Stands(), r"shape \(4, 1\)"), (Lists(), r"\[\d\.0, .*\]")])
+def test_an_estimator_that_returns_something_else_is_refused_by_name(tmp_path, advantage, found):
+    trainer, module, data = make_run(tmp_path, advantage=advantage)
+    rule = rf"estimator {type(advantage).__name__} returned {found}; it must return a tensor of shape \(4,\)"
+    with pytest.raises(TypeError, match=rule):
+        trainer.fit(module, data)
+
+
 def test_prompts_that_repeat_within_a_batch_are_warned_of_once(tmp_path):
     trainer, module, data = make_run(tmp_path, data={"num_iterations": 1, "batch_size": 9})
     data.setup("fit")  # as the command line does, to find mistakes early
