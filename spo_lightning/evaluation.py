@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,7 +51,8 @@ class BenchmarkResult:
 class BenchmarkEvaluator:
     """Collects the completions of one benchmark into avg@n, maj@n and pass@k, k the powers of two up to n.
 
-    A completion whose grade is undecided counts as reward 0 and is reported under ``undecided_ratio``.
+    A completion whose grade is undecided counts as reward 0 and is reported under ``undecided_ratio``; in maj@n it
+    votes, and what its answer is worth is left to the decided ones.
 
     Args:
         num_samples: completions per problem, n.
@@ -72,10 +74,11 @@ class BenchmarkEvaluator:
         """Add completions, in any order, each once."""
         if not rows:
             return
+        rewards = [math.nan if row.reward is None else row.reward for row in rows]
         self._metrics.update(
             torch.tensor([row.problem for row in rows], device=self.device),
             torch.tensor([row.sample for row in rows], device=self.device),
-            torch.tensor([row.reward or 0.0 for row in rows], dtype=torch.float64, device=self.device),
+            torch.tensor(rewards, dtype=torch.float64, device=self.device),
             torch.tensor([row.answer_class for row in rows], device=self.device),
         )
         counts = {

@@ -46,7 +46,7 @@ class CompletionsMetric(Metric):
         Args:
             problem: (N,) int64, number of the problem within the benchmark.
             sample: (N,) int64, number of the completion within its problem; with ``problem`` it names the completion.
-            reward: (N,) float64.
+            reward: (N,) float64, NaN where undecided.
             answer: (N,) int64, class of the answer within its problem (:func:`cluster_answers`); -1 for no answer.
 
         Raises:
@@ -76,7 +76,7 @@ class CompletionsMetric(Metric):
         """Value of one problem; what a subclass defines.
 
         Args:
-            reward: (n,) float64, by sample number.
+            reward: (n,) float64, by sample number; NaN where undecided.
             answer: (n,) int64.
         """
 
@@ -93,18 +93,22 @@ class CompletionsMetric(Metric):
 
 
 class AverageAtK(CompletionsMetric):
-    """avg@k: mean reward of a problem's completions, mean over the problems. k is the number of completions."""
+    """avg@k: mean reward of a problem's completions, mean over the problems. k is the number of completions.
+
+    An undecided completion counts as 0.
+    """
 
     def score(self, reward: Tensor, answer: Tensor) -> Tensor:
         """Mean of (n,) float64 rewards."""
-        return reward.mean()
+        return reward.nan_to_num(nan=0.0).mean()
 
 
 class PassAtK(CompletionsMetric):
     """pass@k: chance that k of a problem's n completions, drawn without replacement, hold a correct one.
 
     1 - C(n - c, k) / C(n, k) with c correct ones (Chen et al. 2021), unbiased in n; mean over the problems. The ratio
-    of the binomials is a product of k factors within [0, 1], so nothing overflows.
+    of the binomials is a product of k factors within [0, 1], so nothing overflows. An undecided completion is not a
+    correct one.
 
     Args:
         k: completions drawn.
@@ -131,9 +135,10 @@ class MajorityAtK(CompletionsMetric):
     """maj@k: reward of the answer that most of k completions give, mean over the problems.
 
     A completion without an answer casts no vote; with no votes at all the problem scores 0. The reward of an answer is
-    the mean reward of the completions that gave it. A tie counts as a fair draw between the tied answers: the mean of
-    their rewards. With n > k completions a problem scores the mean over floor(n / k) disjoint blocks of k, consecutive
-    by sample number; those left over do not count.
+    the mean reward of the decided completions that gave it, 0 without any: one that is undecided votes, as its answer
+    is known, and says nothing of what the answer is worth. A tie counts as a fair draw between the tied answers: the
+    mean of their rewards. With n > k completions a problem scores the mean over floor(n / k) disjoint blocks of k,
+    consecutive by sample number; those left over do not count.
 
     Args:
         k: completions that vote.
@@ -213,7 +218,10 @@ def _majority(reward: Tensor, answer: Tensor) -> Tensor:
     if not voted.any():
         return reward.new_zeros(())
     classes, member, votes = torch.unique(answer[voted], return_inverse=True, return_counts=True)
-    class_reward = reward.new_zeros(len(classes)).index_add(0, member, reward[voted]) / votes
+    none, rewards = reward.new_zeros(len(classes)), reward[voted]
+    total = none.index_add(0, member, rewards.nan_to_num(nan=0.0))
+    decided = none.index_add(0, member, (~rewards.isnan()).to(rewards))
+    class_reward = total / decided.clamp(min=1)
     return class_reward[votes == votes.max()].mean()
 
 

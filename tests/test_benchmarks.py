@@ -429,10 +429,10 @@ def test_benchmarks_of_a_table_are_of_one_policy(tmp_path: Path, name: str, valu
 
 
 def test_scores_by_hand() -> None:
-    """Problem 0: one of two right, and one vote each; 1: right and no answer; 2: a tie of right and wrong."""
+    """Problem 0: one answer, once right and once undecided; 1: right and no answer; 2: a tie of right and wrong."""
     result = score({"b": (SETTINGS, ROWS)})["b"]
     assert result.scores["avg_at_2"].tolist() == [0.5, 0.5, 0.5]
-    assert result.scores["maj_at_2"].tolist() == [0.5, 1.0, 0.5]
+    assert result.scores["maj_at_2"].tolist() == [1.0, 1.0, 0.5]
     assert result.scores["pass_at_2"].tolist() == [1.0, 1.0, 1.0]
     assert result.means == {"mean_length": 4.0, "clipped_ratio": 1 / 6, "undecided_ratio": 1 / 6}
     with_tools = score({"b": (replace(SETTINGS, with_tools=True), ROWS)})["b"]

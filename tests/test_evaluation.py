@@ -56,6 +56,14 @@ def test_metrics_of_a_hand_made_benchmark():
     )
 
 
+def test_an_undecided_sample_does_not_lower_the_worth_of_its_answer():
+    evaluator = BenchmarkEvaluator(4, torch.device("cpu"))
+    samples = [(1.0, "7"), (1.0, "7"), (None, "7"), (1.0, "7")]
+    evaluator.update(benchmark_rows([rollout(0, *row) for row in samples], Halves()))
+    scores = {name: values.item() for name, values in evaluator.compute().scores.items()}
+    assert scores == {"avg_at_4": 0.75, "maj_at_4": 1.0, "pass_at_1": 0.75, "pass_at_2": 1.0, "pass_at_4": 1.0}
+
+
 class KeepsMetrics(Callback):
     def __init__(self):
         self.seen = []

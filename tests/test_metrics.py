@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from math import comb
+from math import comb, nan
 from pathlib import Path
 
 import pytest
@@ -86,10 +86,20 @@ def test_pass_threshold() -> None:
         ([0, 0], [-1, -1], 0.0),
         ([1, 1], [-1, -1], 0.0),  # nor does a reward without an answer count
         ([0.25, 0.75, 0], [4, 4, 1], 0.5),  # the mean reward of the winning class
+        ([1, 1, 1, nan], [0, 0, 0, 0], 1.0),  # an undecided one does not lower it
+        ([1, nan, nan, 0], [0, 1, 1, 2], 0.0),  # but votes; a class without any decided one is worth 0
+        ([1, nan, 0, 0], [0, 0, 1, 1], 0.5),
+        ([1, nan], [0, -1], 1.0),
     ],
 )
 def test_majority_by_hand(rewards: list[float], answers: list[int], expected: float) -> None:
     assert value(MajorityAtK(len(rewards)), one_problem(rewards, answers)) == pytest.approx(expected)
+
+
+def test_undecided_completions_are_wrong_in_the_average_and_in_pass_at_k() -> None:
+    rows = one_problem([1.0, nan, 0.0, nan])
+    assert value(AverageAtK(), rows) == 1 / 4
+    assert value(PassAtK(1), rows) == pytest.approx(1 / 4)
 
 
 def plurality(rewards: Sequence[float], answers: Sequence[int]) -> float:
