@@ -164,14 +164,38 @@ def test_a_cancelled_turn_is_forgotten_and_its_key_is_free(moment: str) -> None:
     assert set(done) == {"first", "second"}
 
 
-@pytest.mark.parametrize("returned", ["text", None, ToolResult(7)])  # type: ignore[arg-type]
-def test_what_is_no_result_is_the_tool_s_failure(returned: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("returned", "found"), [("text", "'text' of type str"), (None, "None of type NoneType")])
+def test_what_is_no_result_ends_the_run(returned: Any, found: str) -> None:
     tool = Waiting()
     tool.call = lambda arguments: returned  # type: ignore[method-assign]
     pool = CallPool([tool], 8, LONG)
     pool.begin(0, [call(0)], LONG)
+    with pytest.raises(TypeError, match=f"^the tool tool returned {found}; its call must return a .*ToolResult, such"):
+        take(pool, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_tool_ends_the_run() -> None:
+    class Awaited(Waiting):
+        async def call(self, arguments: Mapping[str, Any]) -> ToolResult:  # type: ignore[override]
+            return ToolResult("done")
+
+    pool = CallPool([Awaited()], 8, LONG)
+    pool.begin(0, [call(0)], LONG)
+    with pytest.raises(TypeError, match="^the tool tool is async; write its call as a plain method"):
+        take(pool, 1)
+
+
+@pytest.mark.parametrize("wrong", [lambda _: 1 + "1", lambda _: ToolResult(7)])  # type: ignore[arg-type, operator]
+def test_a_defect_that_may_hang_on_the_call_is_told_to_the_model_alone(
+    wrong: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tool = Waiting()
+    tool.call = wrong  # type: ignore[method-assign]
+    pool = CallPool([tool], 8, LONG)
+    pool.begin(0, [call(0)], LONG)
     assert texts(take(pool, 1)[0]) == ["the tool tool failed: TypeError"]
-    assert "a tool returns a ToolResult with a text" in caplog.text
+    assert "the tool tool failed on" in caplog.text
     statistics = pool.take_statistics()
     assert (statistics.failures["tool"], len(statistics.seconds["tool"])) == (1, 1)
 

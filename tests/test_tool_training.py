@@ -27,7 +27,7 @@ from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
 from spo_lightning.tools.call_pool import CallPool
-from spo_lightning.tools.protocol import ToolResult
+from spo_lightning.tools.protocol import Tool, ToolResult
 from spo_lightning.tools.settings import ToolUse
 from spo_lightning.types import Completion, Grade, Prompt, SamplingParams
 
@@ -288,3 +288,18 @@ def test_tool_use_refuses_what_makes_no_sense() -> None:
         ToolUse([Count(), Count()], max_turns=0, max_seconds=0)
     with pytest.raises(ValueError, match="call_timeout_s is nan"):
         ToolUse([Count()], call_timeout_s=math.nan)
+
+
+class Bare(Tool):
+    def call(self, arguments):
+        return ToolResult("")
+
+
+def test_a_tool_that_does_not_say_what_it_is_is_refused() -> None:
+    rule = "the tool Bare has no name and no description and no parameters; a tool needs .* a JSON schema such as"
+    with pytest.raises(ValueError, match=rule):
+        ToolUse([Bare()])
+    tool = Count()
+    tool.parameters = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="the tool Count has no parameters; a tool needs"):
+        ToolUse([tool])

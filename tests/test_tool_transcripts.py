@@ -194,7 +194,7 @@ def test_a_result_cannot_write_the_format_s_own_tokens() -> None:
 
 
 def test_a_result_need_not_be_text() -> None:
-    """JSON can hold half a surrogate pair, which is no text; a tool can return what is no result."""
+    """JSON can hold half a surrogate pair, which is no text; a tool can return what is none."""
     completion, _ = chat([[*tokens(call("\ud800!")), EOS], [*tokens(call(7)), EOS], [*tokens("end"), EOS]])
     text = TOKENIZER.decode(completion.token_ids)
     assert "<tool_response>\n?!\n</tool_response>" in text

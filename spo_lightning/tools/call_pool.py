@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -66,6 +67,7 @@ class CallPool:
         self._working: Counter[str] = Counter()
         self._done: dict[Hashable, Turn] = {}
         self._unavailable: Counter[str] = Counter()
+        self._wrong: str | None = None  # what a tool returned that is no result
         self._statistics = ToolStatistics()
         self._changed = threading.Condition()
 
@@ -91,9 +93,12 @@ class CallPool:
 
         Raises:
             RuntimeError: a tool was unavailable ``MOST_UNAVAILABLE`` times in a row.
+            TypeError: a tool returned something else than a ``ToolResult``, at any time before.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._done, min(wait_s, self._until_next_timeout()))
+            self._changed.wait_for(lambda: self._done or self._wrong, min(wait_s, self._until_next_timeout()))
+            if self._wrong is not None:
+                raise TypeError(self._wrong)
             self._abandon_late()
             for name, times in self._unavailable.items():
                 if times >= MOST_UNAVAILABLE:
@@ -150,6 +155,10 @@ class CallPool:
         """Make a call; in a thread of its own."""
         result = self._call(running.call)
         with self._changed:
+            if not isinstance(result, ToolResult):
+                self._wrong = _wrong_result(running.call.name, result)
+                self._changed.notify_all()
+                return
             self._working[running.call.name] -= 1
             if self._running.get(running.turn.key) is running:
                 self._ended(running, result)
@@ -158,8 +167,8 @@ class CallPool:
     def _call(self, call: ToolCall) -> ToolResult:
         try:
             result = self._tools[call.name].call(call.arguments)
-            if not isinstance(result, ToolResult) or not isinstance(result.text, str):
-                raise TypeError(f"it returned {result!r:.200}; a tool returns a ToolResult with a text")
+            if isinstance(result, ToolResult) and not isinstance(result.text, str):
+                raise TypeError(f"it returned {result!r:.200}; the text of a ToolResult is a str")
             return result
         except Exception as error:  # a tool's defect must not end the run
             _log.exception("the tool %s failed on %.500r", call.name, dict(call.arguments))
@@ -186,3 +195,13 @@ class CallPool:
                 text = f"the tool {running.call.name} took more than {self._timeout_s:g} s"
                 self._ended(running, ToolResult(text, failed=True, unavailable=True))
         self._fill()
+
+
+def _wrong_result(name: str, result: object) -> str:
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns besides that nobody awaited it
+        return f"the tool {name} is async; write its call as a plain method, which may call asyncio.run itself"
+    return (
+        f"the tool {name} returned {result!r:.200} of type {type(result).__name__}; its call must return a "
+        "spo_lightning.tools.protocol.ToolResult, such as ToolResult(str(found))"
+    )

@@ -93,7 +93,7 @@ class Tool(ABC):
         """Do it and wait for the result. ``arguments`` fit the schema. Must bound its own time.
 
         An exception is a defect of the tool, not of the call: the model is told that the tool failed, and the run's
-        log shows it.
+        log shows it. Anything else than a result ends the run, as no call of such a tool can succeed.
         """
 
     def close(self) -> None:  # noqa: B027 (most tools hold nothing)

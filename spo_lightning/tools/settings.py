@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spo_lightning.defaults import lazy
@@ -26,7 +27,7 @@ class ToolUse:
         max_concurrent_calls: of this process; others wait in line.
 
     Raises:
-        ValueError: values out of range, no tools, or two of one name.
+        ValueError: values out of range, no tools, two of one name, or one that does not say what it is.
     """
 
     tools: list[Tool]
@@ -45,7 +46,8 @@ class ToolUse:
         for name in ("max_seconds", "call_timeout_s"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} is {getattr(self, name)}; it must be positive")
-        names = [tool.name for tool in self.tools]
+        problems += [problem for tool in self.tools for problem in _incomplete(tool)]
+        names = [getattr(tool, "name", type(tool).__name__) for tool in self.tools]
         if not names:
             problems.append("tools is empty; name at least one, or leave tool use out (null)")
         if len(set(names)) < len(names):
@@ -62,3 +64,15 @@ class ToolUse:
         """Release what the tools hold."""
         for tool in self.tools:
             tool.close()
+
+
+def _incomplete(tool: Tool) -> list[str]:
+    """What a tool, which may be the user's own, leaves out of what the model is told."""
+    kinds = {"name": str, "description": str, "parameters": Mapping}
+    missing = [name for name, kind in kinds.items() if not isinstance(getattr(tool, name, None), kind)]
+    if not missing:
+        return []
+    return [
+        f"the tool {type(tool).__name__} has no {' and no '.join(missing)}; a tool needs name and description, both "
+        "texts, and parameters, a JSON schema such as {'type': 'object', 'properties': {'word': {'type': 'string'}}}"
+    ]
