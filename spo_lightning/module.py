@@ -70,6 +70,7 @@ from spo_lightning.run_checks import (
     check_lengths,
     check_resume,
     check_run,
+    check_tokens,
     check_trainer,
 )
 from spo_lightning.seeding import SeedStream, derive_seed, seed_iteration
@@ -270,20 +271,27 @@ class SPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what does not go together, and start the engine; it sleeps while a checkpoint is restored."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        datasets = {"train": data.dataset, **data.benchmark_prompts}
         check_run(self, data, self.ranks.gather(data.sampler.iteration))
+        check_tokens(self, datasets)
         self._start_engine()
-        check_lengths(self, {"train": data.dataset, **data.benchmark_prompts})
+        check_lengths(self, datasets)
         self.generation.sleep()
 
     def on_validation_start(self) -> None:
-        """Check the benchmarks' answers and lengths; during ``fit`` that has been done."""
+        """Check the benchmarks' answers, tokens and lengths; during ``fit`` that has been done."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             benchmarks = self.trainer.datamodule.benchmark_prompts  # type: ignore[attr-defined]
             check_benchmarks(self.reward, benchmarks)
+            check_tokens(self, benchmarks)
             self._start_engine()
             check_lengths(self, benchmarks)
 
     on_test_start = on_validation_start
+
+    def on_predict_start(self) -> None:
+        """Check the training prompts, whose start is to be drawn."""
+        check_tokens(self, {"train": self.trainer.datamodule.dataset})  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Say so when a resumed optimizer keeps a learning rate that the configuration has changed."""

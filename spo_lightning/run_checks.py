@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +20,7 @@ from spo_lightning.rollouts.dynamic_sampling import check_dynamic_sampling
 if TYPE_CHECKING:
     from spo_lightning.data.datamodule import SPODataModule
     from spo_lightning.module import SPOModule
+    from spo_lightning.policy import Policy
 
 
 def check_engine(module: SPOModule) -> None:
@@ -211,6 +212,26 @@ def check_references(reward: Reward, datasets: Mapping[str, PromptDataset]) -> N
                 f"{len(bad)} of {len(dataset)} prompts of {name} have a reference answer that "
                 f"{type(reward).__name__} cannot read: {shown}{', ...' if len(bad) > 5 else ''}; correct them, or "
                 "take another reward"
+            )
+
+
+def check_tokens(module: SPOModule, datasets: Mapping[str, PromptDataset]) -> None:
+    """Refuse prompts with tokens that the policy has no embedding for.
+
+    A tokenizer may know more tokens than the model, such as those of images, as long as no prompt holds them.
+
+    Args:
+        module: with its policy loaded.
+        datasets: "train", and benchmarks by their names.
+    """
+    known = int(cast("Policy", module.policy).model.get_input_embeddings().num_embeddings)
+    for name, dataset in datasets.items():
+        if dataset.largest_token >= known:
+            raise ConfigError(
+                f"prompts of {name} hold the token {dataset.largest_token} "
+                f"({module.tokenizer.convert_ids_to_tokens(dataset.largest_token)!r}), and the policy has embeddings "
+                f"for 0 to {known - 1} alone; put the model's own tokenizer beside it, or call the model's "
+                f"resize_token_embeddings({len(module.tokenizer)}) and save it anew"
             )
 
 

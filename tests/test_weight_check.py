@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 
+from spo_lightning.data.loaders import Benchmark
+from spo_lightning.data.sources import PromptSource
 from spo_lightning.errors import ConfigError
 from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.types import SamplingParams
@@ -119,6 +121,29 @@ def test_a_prompt_that_the_engine_has_no_room_for_is_refused_before_anything_is_
     with pytest.raises(ConfigError, match="prompt long of train has 64 tokens and the engine takes 64 of prompt and"):
         trainer.fit(module, data)
     assert recorder.outcomes == []
+
+
+@pytest.mark.parametrize("job", ["fit", "validate", "estimate"])
+def test_prompts_with_tokens_beyond_the_embedding_are_refused_before_the_engine_starts(tmp_path, job):
+    """The tokenizer knows 49 tokens; "=", which every prompt ends with, is the largest of theirs."""
+    write_inputs(tmp_path, vocab_size=15)
+    benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"), 1)}
+    trainer, module, data = make_run(tmp_path, data={"benchmarks": benchmarks})
+    estimate = partial(trainer.estimate, output=str(tmp_path / "values.jsonl"))
+    run = {"fit": trainer.fit, "validate": trainer.validate, "estimate": estimate}[job]
+    name = "b" if job == "validate" else "train"
+    rule = (
+        rf"^prompts of {name} hold the token 16 \('='\), and the policy has embeddings for 0 to 14 alone; put .*\(49\)"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        run(module, data)
+
+
+def test_a_tokenizer_may_know_tokens_that_the_policy_lacks_while_no_prompt_holds_them(tmp_path):
+    write_inputs(tmp_path, vocab_size=20)
+    trainer, module, data = make_run(tmp_path, data={"num_iterations": 1})
+    trainer.fit(module, data)
+    assert trainer.global_step == 2
 
 
 def test_the_engine_is_told_the_longest_sequence_of_the_run(tmp_path):

@@ -78,6 +78,11 @@ class PromptDataset:
         """The first of the prompts with the most tokens."""
         return self[int(self._offsets.diff().argmax())]
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of all prompts."""
+        return int(self._token_ids.max())
+
     def __getitem__(self, index: int) -> Prompt:
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of a data set of {len(self)}")
