@@ -10,7 +10,8 @@ from pydoc import locate
 from typing import Any, NoReturn, cast
 
 import torch
-from jsonargparse import _typehints, get_loader, set_loader
+from jsonargparse import Namespace, _typehints, get_loader, set_loader
+from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser
 from yaml import YAMLError
 
@@ -79,6 +80,22 @@ class SPOArgumentParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Check also what jsonargparse leaves out: keys that are null, which it takes for keys that are not given.
+
+        Raises:
+            TypeError: a value is not of its key's type; a null, or the text ``null``, where the type knows none.
+        """
+        super().validate(namespace, *args, **kwargs)
+        for action in self._actions:
+            value = namespace.get(action.dest, ...)
+            if isinstance(action, _typehints.ActionTypeHint):
+                absent = value is None and not action.required  # all that are required are told of together
+                if absent or (value == "null" and action._typehint is str):
+                    self._check_value_key(action, None, action.dest, None)
+            elif value is None and isinstance(action, _ActionConfigLoad):
+                raise TypeError(f'Parser key "{action.dest}": Expected its keys. Got value: None')
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, with a suggestion and without pages of usage, and exit with status 2."""
         if not self.exit_on_error:
@@ -106,7 +123,17 @@ def plain_message(message: str) -> str:
     if required:
         keys = re.sub(r"(?<![\w.-])(?:(?:fit|validate|test|estimate|export)\.)?(\w[\w.]*)", r"--\1", required[2])
         message = required[1] + keys
-    return message
+    key = _null_key(message)
+    return message if key is None else f"{key} is missing or null"
+
+
+def _null_key(message: str) -> str | None:
+    """The key that a message of jsonargparse finds null; ``None`` where something else is wrong."""
+    absent = re.match(r'Key "([\w.]+)" not found in namespace', message)
+    if absent:
+        return absent[1]
+    found = re.search(r'(Parser key "[\w.]+".*?)(?:Got|Given) value: None\b', message, re.DOTALL)
+    return " of ".join(reversed(re.findall(r'Parser key "([\w.]+)"', found[1]))) if found else None
 
 
 def _suggestion(message: str, parser: Any) -> str:
@@ -116,7 +143,6 @@ def _suggestion(message: str, parser: Any) -> str:
     wrong_class = re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\w+)', message, re.DOTALL)
     option = re.search(r"Option '(\w+)' is not accepted", message)
     chosen = re.search(r"class_path[ =]'([\w.]+)'", message)
-    missing = re.search(r'Parser key "([\w.]+)":\s+Expected .* Got value: None', message)
     rows = re.search(
         r'"(data\.train)".*Invalid content in sub-config file (\S+\.(?:jsonl?|csv|parquet))', message, re.DOTALL
     )
@@ -124,10 +150,10 @@ def _suggestion(message: str, parser: Any) -> str:
         return f"\nDid you mean: --config {config[1]}?"
     if rows:
         return f"\nDid you mean: --{rows[1]}.path {rows[2]}?"
-    if missing:
+    if _null_key(message):
         if "".join(sys.argv[1:2]).startswith("--config"):
-            return f"\n{missing[1]} needs a value: --config goes behind the job, as in spo fit {sys.argv[1]} ..."
-        return f"\n{missing[1]} needs a value; give it, or a configuration such as --config configs/quickstart.yaml"
+            return f": --config goes behind the job, as in spo fit {sys.argv[1]} ..."
+        return "; give it a value, or a configuration that does, such as --config configs/quickstart.yaml"
     if unknown:
         meant, known = unknown.group(1) or unknown.group(2), [action.dest for action in parser._actions]
         if meant.rpartition(".")[2] in _RATES:

@@ -5,6 +5,7 @@ import fcntl
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -294,7 +295,10 @@ def test_estimate_writes_a_value_file_that_fit_starts_from(tmp_path):
             ["error: bad prompt source: answer_pattern '((' is no reg", "correct it\n"],
         ),
         (["more.yaml"], ["unrecognized arguments: more.yaml\nDid you mean: --config more.yaml?"]),
-        (["--data.batch_size=null"], ["data.batch_size needs a value"]),
+        (["--data.batch_size=null"], ["data.batch_size is missing or null; give it a value"]),
+        (["--data.instruction=null"], ["data.instruction is missing or null"]),
+        (["--model.policy.path", "null"], ["model.policy.path is missing or null"]),
+        (["--model.loss.clip_ratio_low=null"], ["clip_ratio_low of model.loss is missing or null"]),
         (["--checkpoint.dirpath=README.md"], ["checkpoint.dirpath needs the folder README.md"]),
         (["--export_policy.dirpath=tests"], ["tests exists and is no exported model"]),
         (["--trainer.logger.tracking_uri=sqlite:////dev/null/x/m.db"], ["tracking_uri needs the folder /dev/null/x"]),
@@ -317,7 +321,10 @@ def test_mistakes_end_with_a_message(tmp_path, monkeypatch, capfd, arguments, wo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit"], "model.policy.path needs a value; give it, or a configuration such as --config"),
+        (
+            ["fit"],
+            "model.policy.path is missing or null; give it a value, or a configuration that does, such as --config",
+        ),
         (["--config=configs/quickstart.yaml", "fit"], "--config goes behind the job, as in spo fit --config=configs/"),
         (["export", "--config=configs/quickstart.yaml"], "arguments are required: --ckpt_path, --output"),
     ],
@@ -329,6 +336,36 @@ def test_a_run_is_told_what_is_missing(monkeypatch, capfd, arguments, message):
         SPOCLI()
     assert end.value.code == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.policy",
+        "model.sampling",
+        "model.sampling.max_tokens",
+        "model.sampling.stop",
+        "model.optimizer",
+        "model.loss",
+        "model.num_minibatches",
+        "data.chat_template",
+        "data.instruction",
+        "data.prompt_weights",
+        "checkpoint.every_n_iterations",
+    ],
+)
+def test_a_configuration_with_a_null_that_a_key_does_not_take_is_refused_by_its_name(tmp_path, monkeypatch, capfd, key):
+    overlay = tmp_path / "overlay.yaml"
+    nested = "null"
+    for part in reversed(key.split(".")):
+        nested = f"{{{part}: {nested}}}"
+    overlay.write_text(nested)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["spo"])
+    with pytest.raises(SystemExit) as end:
+        SPOCLI(["--config=configs/quickstart.yaml", f"--config={overlay}"], run=False)
+    assert end.value.code == 2
+    assert re.match(rf"error: {re.escape(key)}[.\w]* is missing or null; ", capfd.readouterr().err)
 
 
 def test_what_is_missing_outside_of_a_job_is_named_as_it_is_typed(monkeypatch, capfd):
