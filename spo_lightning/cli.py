@@ -44,6 +44,7 @@ from spo_lightning.trainer import DEFAULTS, SPOTrainer
 
 TOLD_TO_END = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 class AgreedEnd(SystemExit):
@@ -121,14 +122,29 @@ class SPOCLI(LightningCLI):
             "export": common,
         }
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed, a number: Lightning's ``true`` draws one that neither other ranks nor a resume could know."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help=f"Seed of the whole run, from 0 to {MAX_SEED}.",
+        )
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not 0 <= seed <= MAX_SEED:
+            _fail(f"seed_everything is {seed}; it must be a whole number from 0 to {MAX_SEED}")
+        super()._set_seed()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that a run configures, and link what must agree."""
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportPolicy, "export_policy")
         parser.add_lightning_class_args(CompletionsTable, "completions_table")
         parser.add_lightning_class_args(TrackerFigures, "tracker_figures")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("model.policy.path", "data.tokenizer_path")
         parser.link_arguments("model.policy.revision", "data.tokenizer_revision")
         parser.link_arguments("model.tool_use", "data.tool_use", apply_on="instantiate")

@@ -123,6 +123,7 @@ def plain_message(message: str) -> str:
     if required:
         keys = re.sub(r"(?<![\w.-])(?:(?:fit|validate|test|estimate|export)\.)?(\w[\w.]*)", r"--\1", required[2])
         message = required[1] + keys
+    message = message.replace("Expected a <class 'int'>.", "Expected a whole number.")
     key = _null_key(message)
     return message if key is None else f"{key} is missing or null"
 
