@@ -282,7 +282,10 @@ def run() -> None:
         except SIGTERMException:  # which is a SystemExit
             _leave(TOLD_TO_END)
         except SystemExit as error:  # the trainer's after Ctrl-C comes from its handler
-            _leave(INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                _leave(error.code)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses it once more wants the same
+            _leave(INTERRUPTED)
         except Exception as error:
             if not torch.distributed.is_initialized():
                 raise

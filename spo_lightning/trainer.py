@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,17 @@ DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
+
+
+@contextmanager
+def _interruptible_afterwards() -> Iterator[None]:
+    """Give Ctrl-C its handler back: Lightning ignores it from the first on, also when the job is over."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _LoggedOnce(_LoggerConnector):
@@ -75,6 +88,32 @@ class SPOTrainer(Trainer):
         if self.state.status == TrainerStatus.INTERRUPTED and isinstance(self.lightning_module, SPOModule):
             self.lightning_module.release_after_error()
 
+    @_interruptible_afterwards()
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any | None = None,
+        val_dataloaders: Any | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train the policy.
+
+        Args:
+            model: the module.
+            train_dataloaders: the data module, if it stands here.
+            val_dataloaders: not used with a data module.
+            datamodule: the data module.
+            ckpt_path: checkpoint file, or folder of a sharded run, to go on from, or "last".
+            weights_only: of ``torch.load``.
+
+        Raises:
+            SystemExit: Ctrl-C was pressed.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @_interruptible_afterwards()
     def validate(
         self,
         model: LightningModule | None = None,
@@ -96,6 +135,7 @@ class SPOTrainer(Trainer):
         """
         return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
+    @_interruptible_afterwards()
     def test(
         self,
         model: LightningModule | None = None,
@@ -117,6 +157,7 @@ class SPOTrainer(Trainer):
         """
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
+    @_interruptible_afterwards()
     def estimate(
         self,
         model: SPOModule,

@@ -248,3 +248,28 @@ def test_two_ranks_stop_after_the_same_iteration_and_go_on_exactly(tmp_path, str
     with LaunchedRun(stopped, *arguments, strategy=strategy) as run:
         assert run.wait_for_end() == 0, run.output
         assert run.trace == [line for line in reference for _ in range(2)]
+
+
+@pytest.mark.parametrize("job", ["fit", "validate"])
+def test_ctrl_c_ends_one_job_and_can_end_the_next(tmp_path, job):
+    write_inputs(tmp_path)
+    pressed: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        for _ in range(2):
+            benchmark = Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"))
+            interrupt = Signalling(
+                "on_train_batch_start" if job == "fit" else "on_validation_batch_start", 1, signal.SIGINT
+            )
+            trainer, module, data = make_run(tmp_path, callbacks=[interrupt], data={"benchmarks": {"sums": benchmark}})
+            with pytest.raises(SystemExit):
+                getattr(trainer, job)(module, datamodule=data)
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed == [signal.SIGINT] * 2
