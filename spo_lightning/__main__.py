@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
+import signal
 import sys
 from importlib import import_module
 
 COMMANDS = ("fit", "validate", "test", "estimate", "export", "plan", "score", "compare")
+OUTPUT_CLOSED = 128 + signal.SIGPIPE
 WITHOUT_TRAINER = ("plan", "score", "compare")
 
 USAGE = """\
@@ -34,7 +37,28 @@ Configurations compose: a later --config or --key overrides what stands before i
 
 
 def main() -> None:
-    """Entry point of ``spo`` and ``python -m spo_lightning``."""
+    """Entry point of ``spo`` and ``python -m spo_lightning``; ends quietly where nobody reads its output any more."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():  # a connection of the run's own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        print("error: standard output was closed, the program has ended", file=sys.stderr)
+        raise SystemExit(OUTPUT_CLOSED) from None
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone
+    return bool(poll.poll(0))
+
+
+def _run() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

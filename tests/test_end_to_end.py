@@ -421,6 +421,37 @@ def test_a_run_that_is_stopped_says_so_to_the_scheduler(tmp_path, number, cause)
     assert "--ckpt_path last" in output
 
 
+def test_a_run_whose_output_nobody_reads_ends_with_its_mlflow_run(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    process = subprocess.Popen(
+        command(tmp_path, "fit"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert "standard output was closed" in errors and "Traceback" not in errors
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_of(tmp_path))
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--config", "configs/quickstart.yaml"]])
+def test_output_that_nobody_reads_is_no_traceback(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-m", "spo_lightning", *arguments]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
 def test_an_unknown_command_is_answered_at_once():
     done = subprocess.run([sys.executable, "-m", "spo_lightning", "fot"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -81,7 +82,7 @@ class RunSummary(Callback):
         self._print(trainer, pl_module, f"stopped by {cause}")
         saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
         if saved and trainer.is_global_zero:
-            print(_listed([_next_step(trainer)]), flush=True)
+            _say(_listed([_next_step(trainer)]))
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
         if not trainer.is_global_zero or not (self._iterations or how == "finished"):
@@ -89,11 +90,11 @@ class RunSummary(Callback):
         rows = [*self._cost(), *_skipped(trainer, pl_module), *_places(trainer, pl_module)]
         if self._iterations:
             first, last = self._iterations[0] + 1, self._iterations[-1] + 1
-            print(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
+            _say(f"\nRun {how} after {last:,} iterations (this process: {first:,} to {last:,})")
         else:
             done, wanted = pl_module.iterations_done, trainer.datamodule.num_iterations  # type: ignore[attr-defined]
-            print(f"\nRun {how} without an iteration: {done:,} of {wanted:,} were done before")
-        print(_listed(rows), flush=True)
+            _say(f"\nRun {how} without an iteration: {done:,} of {wanted:,} were done before")
+        _say(_listed(rows))
         self._reset()  # an exception during teardown must not print again
 
     def _cost(self) -> Iterator[tuple[str, str]]:
@@ -114,6 +115,12 @@ def _skipped(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str
         yield "skipped steps", f"{pl_module.guard.skipped:,} of the run, loss or gradient not finite: see {dumps}"
 
 
+def _say(text: str) -> None:
+    """Print, unless nobody reads any more (``spo fit | head``): the loggers have still to end their runs."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def _next_step(trainer: Trainer) -> tuple[str, str]:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, IterationCheckpoint) and callback.is_of_last_iteration(trainer):
@@ -125,14 +132,14 @@ def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:
     answered = module.policy_config.path if module.answered_by is None else f"checkpoint {module.answered_by}"
     rows = [("completions", f"{module.generations_folder}/*.parquet; spo score computes the table from them")]
     rows += [place for place in _places(trainer, module) if "checkpoint" not in place[0]]
-    print(f"\nBenchmarks of {answered}\n\n{render_table(module.benchmark_results)}\n")
-    print(_listed(rows), flush=True)
+    _say(f"\nBenchmarks of {answered}\n\n{render_table(module.benchmark_results)}\n")
+    _say(_listed(rows))
 
 
 def _print_kept_batches(module: SPOModule) -> None:
     folder = module.generations_folder
     if folder is not None and any(folder.glob("*.parts/*.parquet")):
-        print(f"\nfinished batches are kept; spo score reads them: {folder}/*.parts/*.parquet", flush=True)
+        _say(f"\nfinished batches are kept; spo score reads them: {folder}/*.parts/*.parquet")
 
 
 def _listed(rows: Iterable[tuple[str, str]]) -> str:
