@@ -288,6 +288,28 @@ def test_the_advice_after_a_failure_goes_by_what_is_left(tmp_path: Path, capsys:
     assert re.search(r"export with +spo export, .* --ckpt_path last", text) and "continue with" not in text
 
 
+@pytest.mark.parametrize(("stop_at", "every", "due"), [(0, 2, 2), (1, 2, 2), (3, 10, 5)])
+def test_a_run_that_ends_before_its_first_checkpoint_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_at: int, every: int, due: int
+) -> None:
+    with pytest.raises(RuntimeError, match="engine lost"):
+        fit(tmp_path, RunSummary(), IterationCheckpoint(every), stop_at=stop_at)
+    text = capsys.readouterr().out
+    assert re.search(rf"nothing saved +the first checkpoint was due after iteration {due}; ", text)
+    assert "continue with" not in text
+
+
+def test_a_resumed_run_that_ends_before_its_next_checkpoint_says_when_that_was_due(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="engine lost"):
+        fit(tmp_path, IterationCheckpoint(2), stop_at=3)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(RuntimeError, match="engine lost"):
+        fit(tmp_path, RunSummary(), IterationCheckpoint(2), stop_at=3, ckpt_path=last)
+    assert "checkpoint was due after iteration 4; " in capsys.readouterr().out
+
+
 def test_no_summary_of_a_run_that_never_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="engine lost"):
         fit(tmp_path, RunSummary(), stop_at=0)

@@ -79,10 +79,13 @@ class RunSummary(Callback):
         if isinstance(pl_module, SPOModule) and trainer.is_global_zero:
             _print_kept_batches(pl_module)
         cause = STOPS.get(type(exception), type(exception).__name__)
+        began = self._begin > 0
         self._print(trainer, pl_module, f"stopped by {cause}")
-        saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
-        if saved and trainer.is_global_zero:
-            _say(_listed([_next_step(trainer)]))
+        if trainer.is_global_zero:
+            saved = any(getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks)
+            advice = [_next_step(trainer)] if saved else list(_missed(trainer)) if began else []
+            if advice:
+                _say(_listed(advice))
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
         if not trainer.is_global_zero or not (self._iterations or how == "finished"):
@@ -126,6 +129,17 @@ def _next_step(trainer: Trainer) -> tuple[str, str]:
         if isinstance(callback, IterationCheckpoint) and callback.is_of_last_iteration(trainer):
             return "export with", "spo export, the configuration, --ckpt_path last --output FOLDER"
     return "continue with", "the same command and --ckpt_path last"
+
+
+def _missed(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    last = trainer.datamodule.num_iterations  # type: ignore[attr-defined]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, IterationCheckpoint):
+            every = callback.every_n_iterations
+            due = min((done // every + 1) * every, last)
+            text = f"the first checkpoint was due after iteration {due}; lower checkpoint.every_n_iterations"
+            yield "nothing saved", text
 
 
 def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:
