@@ -66,6 +66,7 @@ from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.run_checks import (
     check_benchmarks,
     check_calls,
+    check_company,
     check_engine,
     check_lengths,
     check_resume,
@@ -259,6 +260,7 @@ class SPOModule(LightningModule):
         """Refuse what the module cannot do, before any work."""
         # cuDNN plans for tens of milliseconds at every new shape, and here hardly a shape comes twice.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        check_company(self, TrainerFn(stage).value)
         self.ranks = Ranks()
         check_engine(self)
         self.generation = Generation(

@@ -23,6 +23,23 @@ if TYPE_CHECKING:
     from spo_lightning.policy import Policy
 
 
+def check_company(module: SPOModule, stage: str) -> None:
+    """Refuse to work without a data module, or to train without the tracker's callback, which ``SPOTrainer`` brings."""
+    from spo_lightning.callbacks.value_tracker import ValueTrackerCallback  # which imports the module
+
+    trainer = module.trainer
+    if trainer.datamodule is None:  # type: ignore[attr-defined]
+        raise ConfigError(
+            "the trainer has no data module, which brings prompts and the value tracker; give it an SPODataModule, as "
+            f"in trainer.{stage}(module, datamodule=data)"
+        )
+    if stage == "fit" and not any(isinstance(callback, ValueTrackerCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"the trainer is a {type(trainer).__name__} without ValueTrackerCallback, so that no iteration would be "
+            "finished; take spo_lightning.SPOTrainer, which has the same arguments"
+        )
+
+
 def check_engine(module: SPOModule) -> None:
     """Refuse tools in an engine that several ranks share."""
     if module.tool_use is not None and module.engine.ranks_per_engine > 1:

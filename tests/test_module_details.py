@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
@@ -695,3 +695,23 @@ def test_a_prompt_changed_under_its_id_is_another_data_set(tmp_path, change):
         trainer.fit(module, data, ckpt_path=checkpoint)
     assert data.dataset.fingerprint != fingerprint
     assert not recorder.batches
+
+
+@pytest.mark.parametrize("job", ["fit", "validate"])
+def test_a_trainer_without_a_data_module_is_told_so(tmp_path, job):
+    trainer, module, _ = make_run(tmp_path)
+    with pytest.raises(ConfigError, match=rf"no data module.*trainer.{job}\(module, datamodule=data\)"):
+        getattr(trainer, job)(module, [{}])
+
+
+def test_lightnings_own_trainer_is_refused(tmp_path):
+    _, module, data = make_run(tmp_path)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ConfigError, match="is a Trainer without ValueTrackerCallback.*take spo_lightning.SPOTrainer"):
+        trainer.fit(module, data)
+
+
+def test_a_validation_without_benchmarks_is_refused_by_the_key(tmp_path):
+    trainer, module, data = make_run(tmp_path)
+    with pytest.raises(ValueError, match="data.benchmarks is empty; validate needs at least one"):
+        trainer.validate(module, data)

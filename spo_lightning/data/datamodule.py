@@ -195,7 +195,7 @@ class SPODataModule(LightningDataModule):
             if not hasattr(self, "dataset"):
                 self.dataset = self._load("train", self.train)
         if stage in ("validate", "test") and not self.benchmarks:
-            raise ValueError(f"benchmarks is empty; {stage} needs at least one: set data.benchmarks")
+            raise ValueError(f"data.benchmarks is empty; {TrainerFn(stage).value} needs at least one: set it")
         if stage != "predict":
             for name, benchmark in self.benchmarks.items():
                 if name not in self.benchmark_prompts:
