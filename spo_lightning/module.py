@@ -240,7 +240,10 @@ class SPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
-        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        try:
+            optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        except ValueError as error:
+            raise ConfigError(f"model.optimizer refuses its arguments: {error}") from error
         if type(optimizer).__module__.startswith("bitsandbytes") and is_sharding(self.trainer.strategy):
             raise ConfigError(
                 f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards, "

@@ -79,6 +79,11 @@ def check_trainer(module: SPOModule) -> None:
             f"trainer.precision is {module.trainer.precision}; scaled fp16 gradients hide what is not finite, "
             "use bf16-mixed or 32"
         )
+    if module.trainer.precision == "64-true":
+        raise ConfigError(
+            "trainer.precision is 64-true; engines and the norm of the gradient compute in float32 at most, use 32 "
+            "or bf16-mixed"
+        )
     if module.policy_config.head == "liger" and (module.device.type != "cuda" or find_spec("liger_kernel") is None):
         raise ConfigError(
             f"model.policy.head is liger, which needs a CUDA device (this is {module.device}) and pip install -e "
@@ -94,6 +99,11 @@ def check_trainer(module: SPOModule) -> None:
         raise ConfigError(
             "trainer.strategy is FSDPStrategy with cpu_offload, which keeps the gradient of the last micro-batch only; "
             "take configs/strategy/fsdp2.yaml with cpu_offload: true"
+        )
+    if module.trainer.max_steps != -1 and module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"trainer.fast_dev_run is {module.trainer.fast_dev_run}; it counts optimiser steps and would end a run "  # type: ignore[attr-defined]
+            "inside an iteration, set it to false and data.num_iterations to 1 for a short run"
         )
     if module.trainer.max_steps != -1:
         raise ConfigError(

@@ -21,6 +21,7 @@ from spo_lightning.callbacks.preemption import NotedSignals, Preemption
 from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
 from spo_lightning.data.datamodule import SPODataModule
+from spo_lightning.errors import ConfigError
 from spo_lightning.module import SPOModule
 from spo_lightning.policy_files import require_place_for_export
 from spo_lightning.resume import Resume
@@ -70,9 +71,13 @@ class SPOTrainer(Trainer):
 
     Args:
         kwargs: arguments of ``lightning.pytorch.Trainer``.
+
+    Raises:
+        ConfigError: Lightning is to clip or to accumulate gradients, which the module does.
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        _refuse_what_the_module_does(kwargs.get("gradient_clip_val"), kwargs.get("accumulate_grad_batches", 1))
         plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
@@ -172,7 +177,12 @@ class SPOTrainer(Trainer):
             datamodule: the data module.
             output: file to write, ``.parquet`` or ``.jsonl``; give it to ``fit`` as ``data.value_start``.
             num_samples: completions per prompt, n0 in the paper.
+
+        Raises:
+            ConfigError: ``num_samples`` is below 1.
         """
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}; it must be at least 1, completions of each prompt")
         datamodule.setup("predict")
         settings = {
             "policy": [model.policy_config.path, model.policy_config.revision],
@@ -206,6 +216,19 @@ class SPOTrainer(Trainer):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model.load_state_dict(checkpoint["state_dict"])
         print(f"exported policy: {model.export(Path(output).expanduser())}")
+
+
+def _refuse_what_the_module_does(gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+    problems = []
+    if gradient_clip_val:
+        problems.append(f"trainer.gradient_clip_val is {gradient_clip_val}; set model.max_grad_norm instead")
+    if accumulate_grad_batches != 1:
+        problems.append(
+            f"trainer.accumulate_grad_batches is {accumulate_grad_batches}; gradients of micro-batches are added up as "
+            "it is, set model.micro_batch_tokens for their size and model.num_minibatches for the number of steps"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _listed(value: Any) -> list[Any]:

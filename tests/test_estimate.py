@@ -98,3 +98,9 @@ def test_fit_draws_the_start_that_estimate_would_write(tmp_path):
     assert baselines[0] == baselines[1]
     estimate(tmp_path, "v.jsonl")
     assert baselines[0] == pytest.approx({i: (s + 0.5) / (n + 1) for i, (n, s) in rows(tmp_path / "v.jsonl").items()})
+
+
+def test_an_estimate_draws_at_least_one_completion(tmp_path):
+    trainer, module, data = make_run(tmp_path)
+    with pytest.raises(ConfigError, match="num_samples is 0; it must be at least 1"):
+        trainer.estimate(module, data, num_samples=0)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -715,3 +716,24 @@ def test_a_validation_without_benchmarks_is_refused_by_the_key(tmp_path):
     trainer, module, data = make_run(tmp_path)
     with pytest.raises(ValueError, match="data.benchmarks is empty; validate needs at least one"):
         trainer.validate(module, data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "64-true"}, "trainer.precision is 64-true; .* use 32 or bf16"),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run is True; .* data.num_iterations to 1"),
+        ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val is 1.0; set model.max_grad_norm instead"),
+        ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches is 2; .* set model.micro_batch_tokens"),
+    ],
+)
+def test_settings_of_the_trainer_that_are_the_modules_are_refused_by_name(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer, module, data = make_run(tmp_path, trainer=settings)
+        trainer.fit(module, data)
+
+
+def test_an_optimizer_that_refuses_its_arguments_is_named(tmp_path):
+    trainer, module, data = make_run(tmp_path, optimizer=partial(torch.optim.AdamW, lr=-1.0))
+    with pytest.raises(ConfigError, match="model.optimizer refuses its arguments: Invalid learning rate: -1.0"):
+        trainer.fit(module, data)
