@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -37,6 +35,7 @@ from spo_lightning.launched import ending_with_launcher
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.module import SPOModule
 from spo_lightning.parser import SPOArgumentParser, plain_message
+from spo_lightning.quiet import keep_quiet
 from spo_lightning.run_checks import check_resume
 from spo_lightning.sharded_checkpoint import read_state, require_same_policy
 from spo_lightning.sharding import check_checkpoint
@@ -49,14 +48,6 @@ MAX_SEED = 2**32 - 1  # NumPy's
 
 class AgreedEnd(SystemExit):
     """All ranks end at the same place, so that none waits for another."""
-
-
-class _Quiet(logging.Filter):
-    """Drops what says nothing about the run: an advertisement, and the end of the only epoch."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not ("Tip:" in message or message.startswith("`Trainer.fit` stopped: `max_epochs=1`"))
 
 
 _format_warning = warnings.formatwarning
@@ -72,17 +63,8 @@ def _plain_warning(
 
 def _quiet() -> None:
     warnings.formatwarning = _plain_warning
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    keep_quiet()
     transformers.utils.logging.disable_progress_bar()
-    # torch 2.13 warns of a name that Lightning 2.6 uses at every batch transfer
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
-    # the benchmarks' metrics are of all ranks already
-    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")
-    # what FSDP says of its own insides when it writes and reads sharded checkpoints
-    for words in ("Please use DTensor", "`_get_pg_default_device`", "Multiple backends", "`load_state_dict` is deprec"):
-        warnings.filterwarnings("ignore", message=f".*{re.escape(words)}", module=r"torch\.distributed")
-    # a run without benchmarks
-    warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero")
 
 
 class SPOCLI(LightningCLI):

@@ -24,6 +24,7 @@ from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.errors import ConfigError
 from spo_lightning.module import SPOModule
 from spo_lightning.policy_files import require_place_for_export
+from spo_lightning.quiet import keep_quiet
 from spo_lightning.resume import Resume
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 
@@ -77,6 +78,7 @@ class SPOTrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        keep_quiet()
         _refuse_what_the_module_does(kwargs.get("gradient_clip_val"), kwargs.get("accumulate_grad_batches", 1))
         plugins, callbacks = (_listed(kwargs.pop(name, None)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

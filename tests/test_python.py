@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,13 @@ def test_the_programs_of_the_documentation_train(tmp_path, monkeypatch):
         assert Path(folder, "checkpoints", "last.ckpt").exists() and Path(folder, "mlflow_run.json").exists()
         trained = AutoModelForCausalLM.from_pretrained(Path(folder, "policy")).state_dict()
         assert any(not torch.equal(start[name], value) for name, value in trained.items())
+
+
+def test_a_trainer_drops_what_lightning_says_of_itself_and_nothing_else(tmp_path):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        spo_lightning.SPOTrainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        seen.clear()
+        for text in ("`isinstance(x, LeafSpec)` is deprecated", "Total length of `list` across ranks is zero", "mine"):
+            warnings.warn(text, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["mine"]
