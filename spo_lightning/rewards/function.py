@@ -16,7 +16,7 @@ from spo_lightning.protocols import Reward
 from spo_lightning.rewards.extraction import answer_finder
 from spo_lightning.types import Grade
 
-_OF_VERL = ("data_source", "solution_str", "ground_truth")  # its reward functions' parameters
+_OF_VERL = ("data_source", "solution_str")  # the first parameters of its reward functions
 
 
 class FunctionReward(Reward):
