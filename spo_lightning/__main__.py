@@ -42,7 +42,8 @@ def main() -> None:
         try:
             _run()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed before the start
+                sys.stdout.flush()
     except BrokenPipeError:
         if not _output_is_closed():  # a connection of the run's own
             raise
@@ -53,6 +54,8 @@ def main() -> None:
 
 def _output_is_closed() -> bool:
     """Whether standard output is a pipe that nobody reads."""
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # errors alone
     return bool(poll.poll(0))

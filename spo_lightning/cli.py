@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -237,9 +238,15 @@ class SPOCLI(LightningCLI):
             state = read_state(path)
             if self.subcommand == "fit":
                 check_resume(self.model, self.datamodule, state)
+            run_id = state["spo"].get("mlflow_run") if required or self._is_of_this_folder(path) else None
             for logger in self._mlflow_loggers:
-                logger.resume_from(self.trainer.default_root_dir, state["spo"].get("mlflow_run"))
+                logger.resume_from(self.trainer.default_root_dir, run_id)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
+
+    def _is_of_this_folder(self, checkpoint: Path) -> bool:
+        """Whether training on from a checkpoint goes on with its run; in another folder it begins one of its own."""
+        folders = (Path(self.trainer.default_root_dir), self._checkpoints.directory(self.trainer))
+        return any(checkpoint.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _fail(message: str) -> NoReturn:
@@ -278,8 +285,9 @@ def run() -> None:
 def _leave(status: str | int | None) -> NoReturn:
     """End with a status; where other ranks may be waiting for this one and it failed, at once."""
     if status and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(BrokenPipeError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def _loss_and_metrics(returned: object, name: str) -> tuple[Tensor, Mapping[str,
             "computed from policy_logprobs: add up the tokens, as spo_lightning.algorithms.aggregate does"
         )
     for key, value in metrics.items():
-        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):
             raise TypeError(
                 f"the loss {name} returned {_described(value)} as its metric {key!r}; it must be a scalar: this "
                 "micro-batch's share of the mini-batch's"

@@ -91,7 +91,7 @@ class SPOArgumentParser(LightningArgumentParser):
             value = namespace.get(action.dest, ...)
             if isinstance(action, _typehints.ActionTypeHint):
                 absent = value is None and not action.required  # all that are required are told of together
-                if absent or (value == "null" and action._typehint is str):
+                if absent or (value == "null" != action.default and action._typehint is str):
                     self._check_value_key(action, None, action.dest, None)
             elif value is None and isinstance(action, _ActionConfigLoad):
                 raise TypeError(f'Parser key "{action.dest}": Expected its keys. Got value: None')

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from spo_lightning.callbacks.checkpoint import AtomicCheckpointIO, IterationCheckpoint
 from spo_lightning.callbacks.preemption import NotedSignals, Preemption
 from spo_lightning.callbacks.value_tracker import ValueTrackerCallback
 from spo_lightning.callbacks.value_writer import ValueWriter
@@ -88,6 +88,13 @@ class SPOTrainer(Trainer):
         self._signal_connector = NotedSignals(self)
         self._checkpoint_connector = Resume(self)
         self._logger_connector = _LoggedOnce(self)
+
+    def _run_stage(self) -> Any:
+        """Begin; everything is loaded and was checked, so that from here on the folder is this run's."""
+        for callback in self.checkpoint_callbacks:
+            if self.state.fn == TrainerFn.FITTING and self.is_global_zero and isinstance(callback, IterationCheckpoint):
+                callback.set_aside(self)
+        return super()._run_stage()
 
     def _teardown(self) -> None:
         """Release the module after an error or an interrupt, when all callbacks and loggers have had their say."""

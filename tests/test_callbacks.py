@@ -295,7 +295,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_says_so(
     with pytest.raises(RuntimeError, match="engine lost"):
         fit(tmp_path, RunSummary(), IterationCheckpoint(every), stop_at=stop_at)
     text = capsys.readouterr().out
-    assert re.search(rf"nothing saved +the first checkpoint was due after iteration {due}; ", text)
+    assert re.search(rf"saved +nothing: the next checkpoint was due after iteration {due}; ", text)
     assert "continue with" not in text
 
 
@@ -307,7 +307,9 @@ def test_a_resumed_run_that_ends_before_its_next_checkpoint_says_when_that_was_d
     last = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(RuntimeError, match="engine lost"):
         fit(tmp_path, RunSummary(), IterationCheckpoint(2), stop_at=3, ckpt_path=last)
-    assert "checkpoint was due after iteration 4; " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert re.search(rf"saved +nothing since {last}: the next checkpoint was due after iteration 4; ", text)
+    assert re.search(rf"continue with +the same command and --ckpt_path {last}", text)
 
 
 def test_no_summary_of_a_run_that_never_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

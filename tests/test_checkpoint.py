@@ -210,6 +210,17 @@ def test_last_is_never_a_checkpoint_of_the_run_before(tmp_path):
     assert names(aside) == ["iteration-000002.ckpt", "last.ckpt"]
 
 
+@pytest.mark.parametrize("start", [{}, {"value_start": DrawValues(1)}])
+def test_what_is_there_is_set_aside_before_a_start_is_drawn(tmp_path, start):
+    fit(tmp_path, 2)
+    callbacks = [IterationCheckpoint(), Interrupts("on_train_start")]
+    trainer, module, data = make_run(tmp_path, callbacks=callbacks, data=start, trainer={"enable_checkpointing": True})
+    module.estimate_values = callbacks[1].interrupt
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer.fit(module, data)
+    assert callbacks[0].find_last(trainer) is None and len(list(tmp_path.glob("checkpoints-until-*"))) == 1
+
+
 class Dies(IterationCheckpoint):
     """A process that is killed as soon as it has saved."""
 

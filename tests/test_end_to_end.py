@@ -163,6 +163,16 @@ def test_a_checkpoint_goes_on_in_its_own_mlflow_run_whichever_came_after_it(unin
     assert f"Run finished without an iteration: {ITERATIONS} of {ITERATIONS} were done before" in done.stdout
 
 
+def test_a_run_that_goes_on_elsewhere_is_a_run_of_its_own(uninterrupted, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    checkpoint = uninterrupted[0] / "run/checkpoints/iteration-000006.ckpt"
+    spo(tmp_path, "fit", f"--ckpt_path={checkpoint}", "--trainer.logger.experiment_name=branch")
+    assert run_of(tmp_path) != run_of(uninterrupted[0])
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_of(tmp_path))
+    assert run.info.status == "FINISHED" and not [name for name in run.data.params if name.startswith("resume_")]
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_and_its_mlflow_run_left_alone(uninterrupted):
     """Of another policy, of other prompts, of another optimizer, and of a run that has done more."""
     from mlflow.tracking import MlflowClient
@@ -450,6 +460,13 @@ def test_output_that_nobody_reads_is_no_traceback(arguments):
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_program_without_output_does_its_work():
+    done = subprocess.run(
+        [sys.executable, "-m", "spo_lightning", "--version"], cwd=ROOT, preexec_fn=lambda: os.close(1)
+    )
+    assert done.returncode == 0
 
 
 def test_an_unknown_command_is_answered_at_once():

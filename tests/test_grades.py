@@ -40,7 +40,8 @@ def graded(reward: Reward) -> list[Grade]:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(True, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (np.int64(3), 3.0), (-1.5, -1.5)]
+    ("value", "expected"),
+    [(True, 1.0), (np.True_, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (np.int64(3), 3.0), (-1.5, -1.5)],
 )
 def test_any_real_number_becomes_a_float(value: Any, expected: float) -> None:
     first, second = graded(Gives((Grade(value, "7"), Grade(None, None, "timeout"))))

@@ -203,8 +203,8 @@ def of_a_batch(completions, **columns):
     return [1.0 for _ in completions]
 
 
-def of_three_texts(completion, ground_truth, prompt):
-    return float(completion == ground_truth)
+def of_three_texts(solution_str, ground_truth, prompt, data_source=None):
+    return float(solution_str == ground_truth)
 
 
 def of_verl(data_source, solution_str, ground_truth, extra_info=None):
@@ -225,7 +225,7 @@ def test_a_function_with_verls_parameters_is_refused_with_the_wrapper_that_works
     with pytest.raises(ValueError, match=r"of_verl\(data_source, .* has verl's parameters") as refused:
         FunctionReward(f"{__name__}:of_verl")
     head, body = str(refused.value).split("name a wrapper instead: ")[1].split(": ")
-    assert FunctionReward(of_three_texts).grade(["7"], ["7"], [""]) == [Grade(1.0)]  # one name says nothing
+    assert FunctionReward(of_three_texts).grade(["7"], ["7"], [""]) == [Grade(1.0)]  # its order is ours
     scope = {"of_verl": of_verl}
     exec(f"{head}: {body}", scope)
     assert FunctionReward(scope["score"]).grade(["7", "8"], ["7", "7"], ["", ""]) == [Grade(1.0), Grade(0.0)]

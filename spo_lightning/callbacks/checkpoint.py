@@ -105,8 +105,8 @@ class IterationCheckpoint(Checkpoint):
     def _path(self, trainer: Trainer, done: int) -> Path:
         return self.directory(trainer) / f"iteration-{done:06d}.ckpt"
 
-    def _set_aside(self, trainer: Trainer) -> None:
-        """Move another run's checkpoints out of the way, once this one has started: until then it may fail to."""
+    def set_aside(self, trainer: Trainer) -> None:
+        """Move another run's checkpoints out of the way; to be called once this one is sure to start."""
         directory = self.directory(trainer)
         resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == directory.resolve()
         if resumed or not any(directory.glob("*.ckpt")):
@@ -126,7 +126,6 @@ class IterationCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep what a killed run left half-written; save a start that was expensive to draw."""
         if trainer.is_global_zero:
-            self._set_aside(trainer)
             for leftover in self.directory(trainer).glob("*.partial"):
                 _remove(leftover)
         data = _data(trainer)

@@ -138,8 +138,13 @@ def _missed(trainer: Trainer) -> Iterator[tuple[str, str]]:
         if isinstance(callback, IterationCheckpoint):
             every = callback.every_n_iterations
             due = min((done // every + 1) * every, last)
-            text = f"the first checkpoint was due after iteration {due}; lower checkpoint.every_n_iterations"
-            yield "nothing saved", text
+            since = f" since {trainer.ckpt_path}" if trainer.ckpt_path else ""
+            yield (
+                "saved",
+                f"nothing{since}: the next checkpoint was due after iteration {due}; see checkpoint.every_n_iterations",
+            )
+    if trainer.ckpt_path:
+        yield "continue with", f"the same command and --ckpt_path {trainer.ckpt_path}"
 
 
 def _print_benchmarks(trainer: Trainer, module: SPOModule) -> None:

@@ -16,8 +16,6 @@ from spo_lightning.protocols import Reward
 from spo_lightning.rewards.extraction import answer_finder
 from spo_lightning.types import Grade
 
-_OF_VERL = ("data_source", "solution_str")  # the first parameters of its reward functions
-
 
 class FunctionReward(Reward):
     r"""The reward that a function returns for (completion, reference, prompt).
@@ -84,10 +82,9 @@ def _require_call(function: Callable[..., Any], name: str) -> None:
         signature = inspect.signature(function)
     except ValueError:  # a built-in that does not tell
         return
-    of_verl = [parameter for parameter in signature.parameters if parameter in _OF_VERL]
-    if of_verl:
+    if next(iter(signature.parameters), None) == "data_source":
         raise ValueError(
-            f"reward function {name}{signature} has verl's parameters ({', '.join(of_verl)}), and here it would be "
+            f"reward function {name}{signature} has verl's parameters, and here it would be "
             "given (completion, reference, prompt) in their places; name a wrapper instead: "
             f"def score(completion, reference, prompt): return {name.rpartition(':')[2].rpartition('.')[2]}"
             "(data_source='', solution_str=completion, ground_truth=reference)"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 
+import numpy as np
+
 from spo_lightning.protocols import Reward
 from spo_lightning.types import Grade
 
@@ -59,13 +61,14 @@ def _checked(grade: object, name: str) -> Grade:
         )
     if grade.value is None:
         return grade
-    if not isinstance(grade.value, Real):
+    value = grade.value.item() if isinstance(grade.value, np.generic) else grade.value
+    if not isinstance(value, Real):
         raise TypeError(
             f"{name} returned {grade!r:.200}, whose value is of type {type(grade.value).__name__}; a value must be a "
             "number, such as float(value), or None for a completion it cannot decide"
         )
-    if not math.isfinite(grade.value):
+    if not math.isfinite(value):
         raise ValueError(
             f"{name} returned {grade!r:.200}; a value must be finite: give None for a completion it cannot decide"
         )
-    return replace(grade, value=float(grade.value))
+    return replace(grade, value=float(value))
