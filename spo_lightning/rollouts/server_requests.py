@@ -8,8 +8,8 @@ from typing import Any
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.types import RolloutRequest
 
-# Tokens that a server sends at once. One by one they keep its frontend, and this side, busier than anything else (see
-# docs/performance.md); those that were not sent when a stream breaks off are lost, so they are few beside a completion.
+# Tokens that a server sends at once. One by one they cost rank 0 more than twice as much (docs/performance.md); those
+# that were not sent when a stream breaks off are lost, so they are few beside a completion.
 LARGEST_PIECE = 16
 PIECES = 32
 
