@@ -133,6 +133,7 @@ def fill_batches(engine: RolloutEngine, row: Row, size: int, batches: int, warm_
             seconds.append(time.perf_counter() - start)
             tokens += sum(rollout.completion.num_sampled for rollout in collected.rollouts)
             started += collected.metrics["collection/started_length_mean"]
+    engine.abort([partial.request_id for partial in engine.partials()])  # what servers go on with
     return {
         "seconds": sum(seconds) / batches,
         "slowest": max(seconds),
