@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spo_lightning.algorithms import (
     AdvantageEstimator,
@@ -69,6 +68,7 @@ from spo_lightning.run_checks import (
     check_company,
     check_engine,
     check_lengths,
+    check_optimizer,
     check_resume,
     check_run,
     check_tokens,
@@ -240,10 +240,7 @@ class SPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
-        try:
-            optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
-        except ValueError as error:
-            raise ConfigError(f"model.optimizer refuses its arguments: {error}") from error
+        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
         if type(optimizer).__module__.startswith("bitsandbytes") and is_sharding(self.trainer.strategy):
             raise ConfigError(
                 f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards, "
@@ -253,10 +250,6 @@ class SPOModule(LightningModule):
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ConfigError(
-                "lr_scheduler is ReduceLROnPlateau, which needs a monitored metric; take one that goes by steps"
-            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
@@ -272,6 +265,7 @@ class SPOModule(LightningModule):
         if stage == "fit":
             check_calls(self)
             check_trainer(self)
+            check_optimizer(self, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_start(self) -> None:
         """Refuse what does not go together, and start the engine; it sleeps while a checkpoint is restored."""
@@ -357,7 +351,7 @@ class SPOModule(LightningModule):
     @property
     def optimizer_name(self) -> str:
         """Class of the configured optimizer."""
-        return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])).__name__
+        return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1, 1))])).__name__
 
     def export(self, directory: str | Path) -> Path:
         """Write the policy as a Hugging Face folder; returns its path. Called by all ranks, rank 0 writes."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, OffPolicyCorrection, PolicyLoss
 from spo_lightning.data.prompt_dataset import PromptDataset
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from spo_lightning.data.datamodule import SPODataModule
     from spo_lightning.module import SPOModule
     from spo_lightning.policy import Policy
+
+MOST_STEPS_TRIED = 100_000  # of a schedule: half a second
 
 
 def check_company(module: SPOModule, stage: str) -> None:
@@ -110,6 +115,39 @@ def check_trainer(module: SPOModule) -> None:
             f"trainer.max_steps is {module.trainer.max_steps}; it counts optimiser steps and would end a run inside "
             "an iteration, set data.num_iterations instead"
         )
+
+
+def check_optimizer(module: SPOModule, data: SPODataModule) -> None:
+    """Refuse arguments that optimizer or schedule refuse, and a schedule that ends before the run does.
+
+    Both are tried on a parameter of their own, before the policy is loaded.
+    """
+    try:
+        optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ConfigError(f"model.optimizer refuses its arguments: {error}") from error
+    if module.lr_scheduler_factory is None:
+        return
+    try:
+        scheduler = module.lr_scheduler_factory(optimizer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.lr_scheduler refuses its arguments: {error}") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            "lr_scheduler is ReduceLROnPlateau, which needs a monitored metric; take one that goes by steps"
+        )
+    steps = data.num_iterations * min(module.num_minibatches, data.batch_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps that the optimizer has not taken
+        for done in range(min(steps, MOST_STEPS_TRIED)):
+            try:
+                scheduler.step()
+            except ValueError as error:
+                raise ConfigError(
+                    f"model.lr_scheduler is {type(scheduler).__name__}, which goes no further than {done} optimiser "
+                    f"steps, and data.num_iterations {data.num_iterations} with model.num_minibatches "
+                    f"{module.num_minibatches} takes {steps}; give it so many ({error})"
+                ) from error
 
 
 def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> None:

@@ -733,7 +733,32 @@ def test_settings_of_the_trainer_that_are_the_modules_are_refused_by_name(tmp_pa
         trainer.fit(module, data)
 
 
-def test_an_optimizer_that_refuses_its_arguments_is_named(tmp_path):
-    trainer, module, data = make_run(tmp_path, optimizer=partial(torch.optim.AdamW, lr=-1.0))
-    with pytest.raises(ConfigError, match="model.optimizer refuses its arguments: Invalid learning rate: -1.0"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer": partial(torch.optim.AdamW, lr=-1.0)},
+            "model.optimizer refuses its arguments: Invalid learning rate: -1.0",
+        ),
+        (
+            {"lr_scheduler": partial(torch.optim.lr_scheduler.LinearLR, start_factor=-1.0)},
+            "model.lr_scheduler refuses its arguments: Starting multiplicative factor",
+        ),
+        (
+            {"lr_scheduler": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=5)},
+            "is OneCycleLR, which goes no further than 5 optimiser steps, .* takes 6; give it so many",
+        ),
+    ],
+)
+def test_what_the_optimizer_or_its_schedule_refuses_is_named_before_the_policy_is_loaded(tmp_path, settings, message):
+    trainer, module, data = make_run(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=message):
         trainer.fit(module, data)
+    assert not hasattr(module, "policy")
+
+
+def test_a_schedule_that_lasts_as_long_as_the_run_trains(tmp_path):
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=6)
+    trainer, module, data = make_run(tmp_path, lr_scheduler=schedule)
+    trainer.fit(module, data)
+    assert module.iterations_done == 3
