@@ -259,12 +259,15 @@ def test_another_rank_uses_the_weights_that_rank_0_pushed(tied: Run) -> None:
     other.submit([ask(i, long_prompt(2 + i), LONG) for i in range(6)])
     wait_for_tokens(other, 3)
     second = tied.push(pusher)  # the other rank's streams end; it waits, because it was not told the version yet
-    held = [len(completion.token_ids) for completion in other.partials()]
-    assert max(held) < LONG
-    assert other.step() == [] and [len(completion.token_ids) for completion in other.partials()] == held
+    held = {completion.request_id: len(completion.token_ids) for completion in other.partials()}
+    assert min(held.values()) < LONG  # of a server that is ahead all may have ended
+    done = other.step()
+    assert all(held.pop(completion.request_id) == LONG for completion in done)
+    assert {completion.request_id: len(completion.token_ids) for completion in other.partials()} == held
     other.update_weights(tied.policy.model.named_parameters(), second)
-    for completion in drain(other):
-        assert set(completion.policy_versions.tolist()) == {first, second}
+    for completion in done + drain(other):
+        cut = held.get(completion.request_id, LONG) < LONG
+        assert set(completion.policy_versions.tolist()) == ({first, second} if cut else {first})
         assert logprob_error(tied.policy, completion) < TOLERANCE
 
 
