@@ -167,6 +167,14 @@ def timing_metrics(
     }
 
 
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Most GiB that tensors took on this GPU since the program began, and that torch's allocator held for them."""
+    if device.type != "cuda":
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"perf/max_memory_allocated_gib": allocated / 2**30, "perf/max_memory_reserved_gib": reserved / 2**30}
+
+
 def completion_records(
     iteration: int, rollouts: Sequence[Rollout], baseline: Tensor, advantages: dict[int, float]
 ) -> list[CompletionRecord]:

@@ -44,6 +44,7 @@ from spo_lightning.intervals import estimate
 from spo_lightning.iteration_metrics import (
     completion_records,
     curriculum_metrics,
+    memory_metrics,
     rollout_metrics,
     signal_metrics,
     timing_metrics,
@@ -400,6 +401,7 @@ class SPOModule(LightningModule):
         metrics |= curriculum_metrics(collected.baseline)
         idle = self.generation.engine.take_idle_seconds()
         metrics |= timing_metrics(self.stages.seconds, time.perf_counter() - start, tokens, idle)
+        metrics |= memory_metrics(self.device)
         self.log_dict(metrics, on_step=True, on_epoch=False)
         self.iterations_done = batch.iteration + 1
         by_row = dict.fromkeys(decided, 0.0) | dict(zip(collected.learned, learned.advantages.tolist(), strict=True))
