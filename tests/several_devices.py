@@ -22,17 +22,11 @@ from torch._C._distributed_c10d import _create_work_from_future
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._pytree import tree_map_only
 
-from spo_lightning.callbacks import IterationCheckpoint
-from spo_lightning.data.loaders import Benchmark
-from spo_lightning.data.sources import PromptSource
-from spo_lightning.data.value_start import DrawValues
 from spo_lightning.lora import LoraSettings
-from spo_lightning.sharding import full_state
 from spo_lightning.strategies import FSDP2Strategy
 
-from runs import Recorder, make_run
+from device_runs import SAVED_AT, fit
 
-ITERATIONS, SAVED_AT = 4, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "offloaded": {"strategy": {"cpu_offload": True}},
@@ -209,34 +203,6 @@ def register() -> None:
         function = getattr(_fsdp_param, name)
         setattr(_fsdp_param, name, lambda tensor, do=function: do(getattr(tensor, "raw", tensor)))
     transformers.integrations.accelerate.is_accelerate_available = lambda: False
-
-
-def fit(folder: Path, name: str, trainer: dict[str, Any], policy: dict[str, Any], ckpt_path: str | None = None) -> Any:
-    """Train, 5 prompts an iteration in two mini-batches, with a drawn start, validations and a checkpoint midway."""
-    recorder = Recorder()
-    checkpoint = IterationCheckpoint(SAVED_AT, keep=9, dirpath=str(folder / f"{name}-checkpoints"))
-    run, module, data = make_run(
-        folder,
-        callbacks=[recorder, checkpoint],
-        data={
-            "num_iterations": ITERATIONS,
-            "batch_size": 5,
-            "value_start": DrawValues(2),
-            "benchmarks": {"b": Benchmark(PromptSource(str(folder / "train.jsonl"), id_column="id"), 2, 3)},
-        },
-        trainer={"logger": False, "enable_checkpointing": True, "val_check_interval": 2, **trainer},
-        policy=policy,
-        optimizer=partial(torch.optim.SGD, lr=0.05),
-        micro_batch_tokens=26,
-    )
-    run.fit(module, data, ckpt_path=ckpt_path)
-    return {
-        "metrics": recorder.metrics,
-        "completions": [[record.completion for record in records] for records in recorder.records],
-        "weights": full_state(module.policy, keep=True),
-        "devices": {parameter.device.type for parameter in module.policy.parameters()},
-        "exported": module.export(folder / f"{name}-policy"),
-    }
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ from rank_runs import (
     run,
     settings_of,
     tool_settings,
-    train_on_two_processes,
+    train_on_processes,
 )
 from runs import make_run, write_inputs, write_policy
 
@@ -71,10 +71,10 @@ def train_one_and_several(path: Path) -> None:
     for config in path.rglob("generation_config.json"):  # ranks without weights must know it too
         config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 7, 9, 11]}))
     run(path, "one", "auto", 1)
-    train_on_processes(path)
+    train_on_several(path)
 
 
-def train_on_processes(path: Path) -> None:
+def train_on_several(path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("rank_runs.py")), str(path)]
     with (path / "log").open("w") as log:
         ended = subprocess.run(
@@ -323,7 +323,7 @@ def measure_memory(path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RETURNED.items():
             patch.setenv(name, value)
-        train_on_two_processes(Path(__file__).with_name("memory_ranks.py"), path)
+        train_on_processes(Path(__file__).with_name("memory_ranks.py"), path)
 
 
 def test_a_process_grows_by_a_unit_or_a_parameter_while_weights_are_pushed(growths):

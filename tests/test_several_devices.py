@@ -11,8 +11,9 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
+from device_runs import SAVED_AT, fit, learned
 from once import once
-from rank_runs import load, train_on_two_processes
+from rank_runs import load, train_on_processes
 from runs import write_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -28,14 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_variants(path: Path) -> None:
     write_inputs(path)
-    train_on_two_processes(Path(several_devices.__file__), path)
-
-
-LEARNED = ("policy/", "reward/", "tracker/")
-
-
-def learned(metrics: dict[str, float], groups: tuple[str, ...] = LEARNED) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if key.startswith(groups)}
+    train_on_processes(Path(several_devices.__file__), path)
 
 
 def test_the_collectives_refuse_what_nccl_refuses(folder: Path) -> None:
@@ -47,7 +41,7 @@ def test_the_collectives_refuse_what_nccl_refuses(folder: Path) -> None:
 def test_two_devices_learn_what_one_cpu_learns(folder: Path, tmp_path: Path, name: str) -> None:
     write_inputs(tmp_path)
     policy = several_devices.VARIANTS[name].get("policy", {})
-    one = several_devices.fit(tmp_path, "one", {}, policy)
+    one = fit(tmp_path, "one", {}, policy)
     assert max(step["policy/grad_norm"] for step in one["metrics"]) > 0
     for rank in range(2):
         two = load(folder, name, rank)
@@ -63,10 +57,8 @@ def test_two_devices_learn_what_one_cpu_learns(folder: Path, tmp_path: Path, nam
 
 def test_a_resumed_run_on_two_devices_goes_on_exactly(folder: Path) -> None:
     whole, resumed = (load(folder, several_devices.RESUMED + suffix) for suffix in ("", "-resumed"))
-    assert resumed["completions"] == whole["completions"][several_devices.SAVED_AT :]
-    assert [learned(step) for step in resumed["metrics"]] == [
-        learned(step) for step in whole["metrics"][several_devices.SAVED_AT :]
-    ]
+    assert resumed["completions"] == whole["completions"][SAVED_AT:]
+    assert [learned(step) for step in resumed["metrics"]] == [learned(step) for step in whole["metrics"][SAVED_AT:]]
     assert all(torch.equal(resumed["weights"][key], value) for key, value in whole["weights"].items())
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("vllm.engine")
 from fit_ranks import POLICIES, RUNS, fit
 
 from engine_runs import make_policy
-from rank_runs import CLOSE, EXACT, ITERATIONS, SAVED_AT, assert_same, load, train_on_two_processes
+from rank_runs import CLOSE, EXACT, ITERATIONS, SAVED_AT, assert_same, load, train_on_processes
 from runs import write_inputs
 
 SHAPE = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 2, "max_positions": 256}  # heads that two ranks can divide
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_policy(path / "engines")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
-        train_on_two_processes(TESTS / "vllm" / "fit_ranks.py", path)
+        train_on_processes(TESTS / "vllm" / "fit_ranks.py", path)
     return path
 
 
