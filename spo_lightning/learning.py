@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from spo_lightning.experience import Experience
 from spo_lightning.iteration_metrics import learning_metrics, mismatch_metrics
 from spo_lightning.learner import accumulate_gradient
-from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows
+from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows, rewards
 from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.sharding import clip_gradient, gradient_norm
@@ -58,7 +58,7 @@ def learn(module: SPOModule, batch: PromptBatch, collected: CollectedBatch, exac
         return _learn(module, batch.iteration, collected, previous, exact)
     with module.stages("score"):
         drifts = previous.drifts(module.drift, module.score(previous.sequences))
-    outcome = _outcome(collected, {}, drifts, module.drift_max_tokens)
+    outcome = build_outcome(rollouts, {}, drifts, module.drift_max_tokens, collected.ended)
     return Learned(outcome, torch.empty(0, dtype=torch.float64), {})
 
 
@@ -82,17 +82,15 @@ def _learn(
     drifts = previous.drifts(module.drift, scored[len(later) :])
     known = {row: experience.sampling_logprobs[row] for row in engines} | dict(zip(later, scored, strict=False))
     with module.stages("update"):
-        metrics, own = _update(module, experience, minibatches, known, iteration)
-    old_logprobs = known | own
-    ordered = [old_logprobs[row] for row in range(len(experience))]
-    outcome = _outcome(collected, dict(zip(rows, ordered, strict=True)), drifts, module.drift_max_tokens)
-    reward = torch.tensor([rollout.grade.value for rollout in rollouts], dtype=torch.float64)
-    metrics |= learning_metrics(reward, baseline, experience.advantages)
+        metrics, old_logprobs = _update(module, experience, minibatches, known, iteration)
+    old_by_row = {row: old_logprobs[number] for number, row in enumerate(rows)}
+    outcome = build_outcome(collected.rollouts, old_by_row, drifts, module.drift_max_tokens, collected.ended)
+    metrics |= learning_metrics(rewards(rollouts), baseline, experience.advantages)
     trainers = [row for row in range(len(experience)) if row not in engines]
     if trainers:
         sampling = [experience.sampling_logprobs[row] for row in trainers]
-        equal = sum(len(ordered[row]) for row in engines)
-        metrics |= mismatch_metrics([ordered[row] for row in trainers], sampling, module.correction, equal)
+        equal = sum(len(old_logprobs[row]) for row in engines)
+        metrics |= mismatch_metrics([old_logprobs[row] for row in trainers], sampling, module.correction, equal)
     return Learned(outcome, experience.advantages, metrics)
 
 
@@ -136,13 +134,14 @@ def _update(
         iteration: named in the dumps of mini-batches that were not finite.
 
     Returns:
-        Metrics, means over the steps taken; and the old log-probabilities of the other rows, of their own pass.
+        Metrics, means over the steps taken; and the old log-probabilities of every row, those that were not known from
+        its own pass.
     """
     optimizer = cast(LightningOptimizer, module.optimizers())
     scheduler = cast(LRScheduler | None, module.lr_schedulers())
     folder = Path(module.trainer.default_root_dir) / "nonfinite"
     taken: dict[str, list[float]] = defaultdict(list)
-    own: dict[int, Tensor] = {}
+    old_logprobs: dict[int, Tensor] = {}
     for step, rows in enumerate(minibatches):
         minibatch = experience.select(rows)
         if rows[0] in known:
@@ -157,8 +156,7 @@ def _update(
             module.add_gradient,
             module.correction,
         )
-        if rows[0] not in known:
-            own.update(zip(rows, old, strict=True))
+        old_logprobs.update(zip(rows, old, strict=True))
         norm = gradient_norm(module.policy)
         metrics["policy/grad_norm"] = norm
         metrics["optimizer/lr"] = optimizer.param_groups[0]["lr"]
@@ -174,24 +172,4 @@ def _update(
                 scheduler.step()
     optimizer.zero_grad()
     means = {key: sum(values) / len(values) for key, values in taken.items()}
-    return {**means, "policy/skipped_steps": float(module.guard.skipped)}, own
-
-
-def _outcome(
-    collected: CollectedBatch, old_logprobs: Mapping[int, Tensor], drifts: dict[int, float], max_tokens: int
-) -> Outcome:
-    """What the tracker and the history learn, also from what is discarded: values from kept groups would be biased.
-
-    Args:
-        collected: with N decided completions.
-        old_logprobs: by row; those that were discarded have none and keep the engine's.
-        drifts: D(x) by prompt index.
-        max_tokens: see ``build_outcome``.
-    """
-    rollouts = collected.rollouts
-    completions = {row: rollouts[row].completion for row in decided_rows(rollouts)}
-    logprobs = [
-        old_logprobs[row] if row in old_logprobs else completion.sampling_logprobs[completion.completion_mask]
-        for row, completion in completions.items()
-    ]
-    return build_outcome(rollouts, logprobs, drifts, max_tokens, collected.ended)
+    return {**means, "policy/skipped_steps": float(module.guard.skipped)}, old_logprobs

@@ -18,31 +18,29 @@ from spo_lightning.types import Outcome, StoredCompletion
 def build_experience(
     rollouts: Sequence[Rollout], baseline: Tensor, group: Tensor, advantage: AdvantageEstimator
 ) -> Experience:
-    """Decided completions with their advantages; they have no old log-probabilities yet.
+    """Completions with their advantages; they have no old log-probabilities yet.
 
     Args:
-        rollouts: B graded completions; at least one is decided.
-        baseline: (B,) float64, of each one's prompt when it was drawn.
-        group: (B,) int64, the same for copies of a prompt that were drawn together.
-        advantage: estimator over the decided completions.
+        rollouts: N decided completions, at least one.
+        baseline: (N,) float64, of each one's prompt when it was drawn.
+        group: (N,) int64, the same for copies of a prompt that were drawn together.
+        advantage: estimator over all of them.
 
     Raises:
         TypeError: it returns something else than one advantage a completion.
     """
-    decided = decided_rows(rollouts)
-    completions = [rollouts[row].completion for row in decided]
-    lengths = torch.tensor([completion.num_sampled for completion in completions])
-    advantages = advantage(_rewards(rollouts, decided), baseline[decided], lengths, group[decided])
+    lengths = torch.tensor([rollout.completion.num_sampled for rollout in rollouts])
+    advantages = advantage(rewards(rollouts), baseline, lengths, group)
     if not isinstance(advantages, Tensor) or advantages.shape != lengths.shape:
         found = f"shape {tuple(advantages.shape)}" if isinstance(advantages, Tensor) else f"{advantages!r:.200}"
         raise TypeError(
             f"the advantage estimator {type(advantage).__name__} returned {found}; it must return a tensor of shape "
-            f"({len(completions)},), one advantage a completion"
+            f"({len(rollouts)},), one advantage a completion"
         )
     return Experience(
-        tuple(TokenSequence.join(rollouts[row].prompt, rollouts[row].completion) for row in decided),
+        tuple(TokenSequence.join(rollout.prompt, rollout.completion) for rollout in rollouts),
         None,
-        tuple(completion.sampling_logprobs[completion.completion_mask] for completion in completions),
+        tuple(_engines_logprobs(rollout) for rollout in rollouts),
         advantages,
     )
 
@@ -52,19 +50,22 @@ def decided_rows(rollouts: Sequence[Rollout]) -> list[int]:
     return [row for row, rollout in enumerate(rollouts) if rollout.grade.decided]
 
 
+def rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    """(N,) float64, of decided completions."""
+    return torch.tensor([cast(float, rollout.grade.value) for rollout in rollouts], dtype=torch.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class PreviousCompletions:
     """The stored last completions of the decided prompts, each once.
 
     Attributes:
-        index: prompt indices.
-        sequences: prompts and completions, to be scored under the acting policy.
-        stored: the completions with their log-probabilities under the policy of then.
+        stored: by prompt index, with their log-probabilities under the policy of then.
+        sequences: the same with their prompts, to be scored under the acting policy.
     """
 
-    index: tuple[int, ...]
-    sequences: tuple[TokenSequence, ...]
-    stored: tuple[StoredCompletion, ...]
+    stored: dict[int, StoredCompletion]
+    sequences: list[TokenSequence]
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], stored: Mapping[int, StoredCompletion]) -> PreviousCompletions:
@@ -74,60 +75,54 @@ class PreviousCompletions:
             rollouts: the decided ones.
             stored: last completions by prompt index.
         """
-        prompts = {rollout.prompt.index: rollout.prompt for rollout in rollouts}
-        pairs = [(prompt, stored[index]) for index, prompt in prompts.items() if index in stored]
-        return cls(
-            tuple(prompt.index for prompt, _ in pairs),
-            tuple(TokenSequence.join(prompt, stored) for prompt, stored in pairs),
-            tuple(stored for _, stored in pairs),
-        )
+        prompts = {rollout.prompt.index: rollout.prompt for rollout in rollouts if rollout.prompt.index in stored}
+        sequences = [TokenSequence.join(prompt, stored[index]) for index, prompt in prompts.items()]
+        return cls({index: stored[index] for index in prompts}, sequences)
 
     def drifts(self, drift: DriftEstimator, acting: Sequence[Tensor]) -> dict[int, float]:
         """D(x) of each prompt, by its index; ``acting`` are the log-probabilities of ``sequences`` now."""
         if not self.stored:
             return {}
-        lengths = torch.tensor([len(stored.logprobs) for stored in self.stored])
-        moved = drift(torch.cat(tuple(acting)), torch.cat([stored.logprobs for stored in self.stored]), lengths)
-        return dict(zip(self.index, moved.tolist(), strict=True))
+        then = [stored.logprobs for stored in self.stored.values()]
+        moved = drift(torch.cat(tuple(acting)), torch.cat(then), torch.tensor([len(part) for part in then]))
+        return dict(zip(self.stored, moved.tolist(), strict=True))
 
 
 def build_outcome(
     rollouts: Sequence[Rollout],
-    old_logprobs: Sequence[Tensor],
-    drifts: dict[int, float],
+    old_logprobs: Mapping[int, Tensor],
+    drifts: Mapping[int, float],
     max_tokens: int,
     ended: Tensor,
 ) -> Outcome:
     """What the tracker and the history learn from the decided completions.
 
+    Also from those that the policy does not learn from: values of kept groups alone would be biased.
+
     Args:
         rollouts: B graded completions.
-        old_logprobs: of the N decided ones: (S_i,) tensors, under the policy before the update.
+        old_logprobs: row to (S_i,) tensor, under the policy before the update; rows without one keep the engine's.
         drifts: D(x) by prompt index; a prompt without one is visited for the first time and has drift 0.
         max_tokens: leading sampled tokens of a completion that the history keeps.
         ended: (E,) int64, prompt indices of all requests that are no longer open.
     """
-    decided = decided_rows(rollouts)
-    completions = [rollouts[row].completion for row in decided]
-    history = tuple(
-        truncate_completion(
-            completion.token_ids,
-            completion.completion_mask,
-            old,
-            max_tokens,
-        )
-        for completion, old in zip(completions, old_logprobs, strict=True)
-    )
-    index = [rollouts[row].prompt.index for row in decided]
+    decided = {row: rollouts[row] for row in decided_rows(rollouts)}
+    history = []
+    for row, rollout in decided.items():
+        logprobs = old_logprobs[row] if row in old_logprobs else _engines_logprobs(rollout)
+        completion = rollout.completion
+        history.append(truncate_completion(completion.token_ids, completion.completion_mask, logprobs, max_tokens))
+    index = [rollout.prompt.index for rollout in decided.values()]
     return Outcome(
         torch.tensor(index, dtype=torch.int64),
-        _rewards(rollouts, decided),
+        rewards(list(decided.values())),
         torch.tensor([drifts.get(i, 0.0) for i in index], dtype=torch.float64),
-        torch.tensor([completion.first_version for completion in completions], dtype=torch.int64),
-        history,
+        torch.tensor([rollout.completion.first_version for rollout in decided.values()], dtype=torch.int64),
+        tuple(history),
         ended,
     )
 
 
-def _rewards(rollouts: Sequence[Rollout], decided: Sequence[int]) -> Tensor:
-    return torch.tensor([cast(float, rollouts[row].grade.value) for row in decided], dtype=torch.float64)
+def _engines_logprobs(rollout: Rollout) -> Tensor:
+    """(S,) float32, of the sampled tokens, of the distribution that each was drawn from."""
+    return rollout.completion.sampling_logprobs[rollout.completion.completion_mask]

@@ -104,7 +104,7 @@ def test_token_measure_counts_sampled_tokens() -> None:
 
 def test_drift_and_history_leave_results_out(folder: str) -> None:
     done = rollouts()
-    old = [torch.full((r.completion.num_sampled,), -2.0) for r in done]
+    old = {row: torch.full((r.completion.num_sampled,), -2.0) for row, r in enumerate(done)}
     stored = build_outcome(done, old, {}, 8, torch.tensor([0, 0, 0])).completions
     assert [len(s.logprobs) for s in stored] == [8, 8, 2]
     assert [int(s.completion_mask.sum()) for s in stored] == [8, 8, 2]
