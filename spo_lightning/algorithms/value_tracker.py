@@ -30,6 +30,12 @@ class ValueTracker:
         initial_effective_count: samples that a row set by ``initialize`` counts for, N0 of SPO Algorithm 2. The paper's
             ``1 / (1 - min_factor)`` is 8.
 
+    Attributes:
+        value: (M,) float64, expected reward of every prompt. This and the next two are for others to read only.
+        effective_count: (M,) float64, rewards that each value is worth as of its own ``version``; see also
+            ``effective_count_at``.
+        version: (M,) int64, newest policy version among the rewards of every prompt, 0 at the start.
+
     Raises:
         ValueError: num_prompts is below 1, or initial_effective_count is not positive and finite.
     """
@@ -43,45 +49,24 @@ class ValueTracker:
         raise_problems("ValueTracker", problems)
         self.forgetting = forgetting
         self.initial_effective_count = initial_effective_count
-        self._value = torch.full((num_prompts,), 0.5, dtype=torch.float64)
-        self._effective_count = torch.ones(num_prompts, dtype=torch.float64)
-        self._version = torch.zeros(num_prompts, dtype=torch.int64)
+        self.value = torch.full((num_prompts,), 0.5, dtype=torch.float64)
+        self.effective_count = torch.ones(num_prompts, dtype=torch.float64)
+        self.version = torch.zeros(num_prompts, dtype=torch.int64)
 
     @property
     def num_prompts(self) -> int:
         """Number of rows, M."""
-        return len(self._value)
-
-    @property
-    def value(self) -> Tensor:
-        """Expected reward of every prompt, (M,) float64. The live column, not a copy; read it, do not write to it."""
-        return self._value
-
-    @property
-    def effective_count(self) -> Tensor:
-        """Rewards that each value is worth as of its own ``version``, (M,) float64; see also ``effective_count_at``.
-
-        The live column, not a copy; read it, do not write to it.
-        """
-        return self._effective_count
-
-    @property
-    def version(self) -> Tensor:
-        """Newest policy version among the rewards of every prompt, (M,) int64, 0 at the start.
-
-        The live column, not a copy; read it, do not write to it.
-        """
-        return self._version
+        return len(self.value)
 
     @property
     def success_count(self) -> Tensor:
         """Discounted successes, alpha of SPO eq. 5, (M,) float64; means something for rewards in [0, 1] only."""
-        return self._value * self._effective_count
+        return self.value * self.effective_count
 
     @property
     def failure_count(self) -> Tensor:
         """Discounted failures, beta of SPO eq. 5, (M,) float64; means something for rewards in [0, 1] only."""
-        return (1 - self._value) * self._effective_count
+        return (1 - self.value) * self.effective_count
 
     def initialize(
         self, index: Tensor, reward_sum: Tensor, num_samples: Tensor, smoothing: Smoothing = "jeffreys"
@@ -122,9 +107,9 @@ class ValueTracker:
         pseudo_success, pseudo_count = (0.5, 1.0) if smoothing == "jeffreys" else (0.0, 0.0)
         sampled = num_samples > 0
         mean = (reward_sum + pseudo_success) / (num_samples + pseudo_count)
-        self._value[index] = torch.where(sampled, mean, 0.5)
-        self._effective_count[index] = torch.full_like(mean, self.initial_effective_count).masked_fill_(~sampled, 1.0)
-        self._version[index] = 0
+        self.value[index] = torch.where(sampled, mean, 0.5)
+        self.effective_count[index] = torch.full_like(mean, self.initial_effective_count).masked_fill_(~sampled, 1.0)
+        self.version[index] = 0
 
     def baseline(self, index: Tensor) -> Tensor:
         """Snapshot the values of a batch before any of its rewards is known (SPO eq. 8).
@@ -139,7 +124,7 @@ class ValueTracker:
             ValueError: index is not one-dimensional int64 within range.
         """
         raise_problems("ValueTracker.baseline", self._index_problems(index))
-        return self._value[index.to("cpu")]
+        return self.value[index.to("cpu")]
 
     def effective_count_at(self, version: int) -> Tensor:
         """Count how many rewards each value is worth to one version of the policy.
@@ -156,11 +141,11 @@ class ValueTracker:
         Raises:
             ValueError: a row holds evidence of a later version.
         """
-        newest = int(self._version.max())
+        newest = int(self.version.max())
         if version < newest:
             problem = f"version is {version}, but the tracker holds evidence of version {newest}; ask for that or later"
             raise_problems("ValueTracker.effective_count_at", [problem])
-        return self._effective_count * self._discount(version - self._version)
+        return self.effective_count * self._discount(version - self.version)
 
     def update(self, index: Tensor, reward: Tensor, drift: Tensor, version: Tensor) -> Tensor:
         """Let the rewards of one batch enter (SPO eq. 5, in the form of eq. 7; SPO++ event time).
@@ -189,18 +174,18 @@ class ValueTracker:
 
         rows, position, copies = torch.unique(index.to("cpu"), return_inverse=True, return_counts=True)
         mean_drift = _row_sums(drift, position, len(rows)) / copies
-        version, held = version.to("cpu"), self._version[rows]
+        version, held = version.to("cpu"), self.version[rows]
         newest = held.scatter_reduce(0, position, version, reduce="amax")
         factor = self._checked(self.forgetting(mean_drift), rows) * self._discount(newest - held)
         if not self.forgetting.learns:
             return factor
         weight = self._discount(newest[position] - version)
 
-        kept = factor * self._effective_count[rows]
+        kept = factor * self.effective_count[rows]
         count = kept + _row_sums(weight, position, len(rows))
-        self._value[rows] = (kept * self._value[rows] + _row_sums(weight * reward, position, len(rows))) / count
-        self._effective_count[rows] = count
-        self._version[rows] = newest
+        self.value[rows] = (kept * self.value[rows] + _row_sums(weight * reward, position, len(rows))) / count
+        self.effective_count[rows] = count
+        self.version[rows] = newest
         return factor
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,7 +221,7 @@ class ValueTracker:
             column.copy_(state_dict[name])
 
     def _columns(self) -> dict[str, Tensor]:
-        return {"value": self._value, "effective_count": self._effective_count, "version": self._version}
+        return {"value": self.value, "effective_count": self.effective_count, "version": self.version}
 
     def _update_problems(self, index: Tensor, reward: Tensor, drift: Tensor, version: Tensor) -> list[str]:
         problems = self._index_problems(index, reward=reward, drift=drift, version=version)
