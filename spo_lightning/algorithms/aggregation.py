@@ -7,7 +7,7 @@ micro-batches therefore add up to the loss of the mini-batch, whichever way it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_lightning.algorithms._checks import raise_problems
 
 Aggregation = Literal["token-mean", "sequence-mean", "fixed-length"]
-AGGREGATIONS: tuple[Aggregation, ...] = ("token-mean", "sequence-mean", "fixed-length")
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from spo_lightning.algorithms._checks import raise_problems, same_length_problems
+from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 from spo_lightning.types import StoredCompletion
-
-_MAX_LOG_RATIO = 20.0
 
 
 class DriftEstimator(ABC):
@@ -65,7 +64,7 @@ class KLEstimate(DriftEstimator):
 
     def __call__(self, acting_logprobs: Tensor, stored_logprobs: Tensor, lengths: Tensor) -> Tensor:
         """Return KL estimates per token; shapes, dtypes and errors as in the base class."""
-        log_ratio = _log_ratio(acting_logprobs, stored_logprobs, lengths).clamp(max=_MAX_LOG_RATIO)
+        log_ratio = _log_ratio(acting_logprobs, stored_logprobs, lengths).clamp(max=MAX_LOG_RATIO)
         terms = (log_ratio.expm1() - log_ratio).clamp(min=0)  # expm1 may be off by its last bit on some device
         return _mean_per_completion(terms, lengths)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spo_lightning.algorithms._checks import raise_problems
 from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate, aggregation_problems
+from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
 
-_MAX_LOG_RATIO = 20.0
 Metrics = dict[str, Tensor]
 
 
@@ -114,13 +114,8 @@ class PPOClipLoss(PolicyLoss):
         token_loss = _weighted(-advantage * ratio.clamp(lower, upper), weights, completion_mask)
         loss = aggregate(token_loss, completion_mask, totals, self.aggregation, self.max_tokens)
         above = ratio > upper
-        metrics = {
-            "policy/clip_ratio_low": _token_mean(ratio < lower, completion_mask, totals),
-            "policy/clip_ratio_high": _token_mean(above & positive, completion_mask, totals),
-            "policy/clip_ratio_dual": _token_mean(above & negative, completion_mask, totals),
-            "policy/ratio_mean": _token_mean(ratio, completion_mask, totals),
-            "policy/kl": _kl(log_ratio, completion_mask, totals),
-        }
+        metrics = _token_metrics(ratio, log_ratio, ratio < lower, above & positive, completion_mask, totals)
+        metrics["policy/clip_ratio_dual"] = _token_mean(above & negative, completion_mask, totals)
         return loss, metrics
 
 
@@ -167,18 +162,12 @@ class CISPOLoss(PolicyLoss):
         """Return (loss, metrics); shapes, dtypes and errors as in the base class."""
         log_ratio = _masked_log_ratio(policy_logprobs, old_logprobs, advantages, completion_mask).detach()
         ratio = _ratio(log_ratio)
-        weight = ratio.clamp(1 - self.clip_ratio_low, 1 + self.clip_ratio_high)
+        lower, upper = 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
         logprobs = torch.where(completion_mask, policy_logprobs, 0).to(ratio.dtype)
-        token_loss = -weight * advantages.to(ratio.dtype).unsqueeze(-1) * logprobs
+        token_loss = -ratio.clamp(lower, upper) * advantages.to(ratio.dtype).unsqueeze(-1) * logprobs
         token_loss = _weighted(token_loss, weights, completion_mask)
         loss = aggregate(token_loss, completion_mask, totals, self.aggregation, self.max_tokens)
-        metrics = {
-            "policy/clip_ratio_low": _token_mean(ratio < 1 - self.clip_ratio_low, completion_mask, totals),
-            "policy/clip_ratio_high": _token_mean(ratio > 1 + self.clip_ratio_high, completion_mask, totals),
-            "policy/ratio_mean": _token_mean(ratio, completion_mask, totals),
-            "policy/kl": _kl(log_ratio, completion_mask, totals),
-        }
-        return loss, metrics
+        return loss, _token_metrics(ratio, log_ratio, ratio < lower, ratio > upper, completion_mask, totals)
 
 
 class GSPOLoss(PolicyLoss):
@@ -285,7 +274,23 @@ def _masked_weights(weights: Tensor, completion_mask: Tensor) -> Tensor:
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _token_metrics(
+    ratio: Tensor,
+    log_ratio: Tensor,
+    clipped_low: Tensor,
+    clipped_high: Tensor,
+    completion_mask: Tensor,
+    totals: BatchTotals,
+) -> Metrics:
+    return {
+        "policy/clip_ratio_low": _token_mean(clipped_low, completion_mask, totals),
+        "policy/clip_ratio_high": _token_mean(clipped_high, completion_mask, totals),
+        "policy/ratio_mean": _token_mean(ratio, completion_mask, totals),
+        "policy/kl": _kl(log_ratio, completion_mask, totals),
+    }
 
 
 def _token_mean(values: Tensor, completion_mask: Tensor, totals: BatchTotals) -> Tensor:
@@ -293,5 +298,5 @@ def _token_mean(values: Tensor, completion_mask: Tensor, totals: BatchTotals) ->
 
 
 def _kl(log_ratio: Tensor, completion_mask: Tensor, totals: BatchTotals) -> Tensor:
-    bounded = log_ratio.detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    bounded = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return aggregate(bounded.expm1() - bounded, completion_mask, totals, "token-mean")

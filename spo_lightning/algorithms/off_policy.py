@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 from spo_lightning.algorithms._checks import raise_problems
 
 Level = Literal["token", "sequence", "geometric"]
-LEVELS: tuple[Level, ...] = ("token", "sequence", "geometric")
-MAX_LOG_RATIO = 20.0
+LEVELS: tuple[Level, ...] = get_args(Level)
+MAX_LOG_RATIO = 20.0  # to which all of the package limits log ratios before it exponentiates them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
