@@ -342,7 +342,7 @@ def test_liger_gives_the_same() -> None:
 def test_wide_tiles_are_whole_multiples_of_256(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that begin elsewhere than at 16 bytes are slow on a GPU; narrow tiles have no such choice."""
     widths = []
-    head = SimpleNamespace(apply=lambda *given: widths.append(given[-1].width))
+    head = SimpleNamespace(apply=lambda *given: widths.append(given[-1]))
     monkeypatch.setattr(sys.modules["spo_lightning.algorithms.linear_logprobs"], "TiledHead", head)
     hidden, weight, token_ids = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)
     for elements in (3 * 1000, 3 * 256, 3 * 200 + 1, 2):

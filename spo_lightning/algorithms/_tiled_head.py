@@ -20,39 +20,33 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-class TiledHeadOptions(NamedTuple):
-    """What the head computes with, beside its tensors.
-
-    Attributes:
-        temperature: divides the logits.
-        matmul_dtype: dtype of both factors of every matrix product.
-        width: number of vocabulary entries of a tile.
-    """
-
-    temperature: float
-    matmul_dtype: torch.dtype
-    width: int
-
-
 class TiledHead(torch.autograd.Function):
-    """The computation of ``linear_logprobs``, which describes and checks the arguments."""
+    """The computation of ``linear_logprobs``, which describes and checks the arguments.
+
+    ``matmul_dtype`` is that of both factors of every matrix product, ``width`` the vocabulary entries of a tile.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: TiledHeadOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: float,
+        matmul_dtype: torch.dtype,
+        width: int,
     ) -> tuple[Tensor, Tensor]:
         """Merge the summaries of the tiles into that of the vocabulary."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        inputs = hidden.to(options.matmul_dtype)
-        softmax = reduce(
-            _merge,
-            (
-                _summarize(_linear(inputs, weight, bias, tile).to(dtype), token_ids, tile, options.temperature)
-                for tile in _tiles(len(weight), options.width)
-            ),
+        inputs = hidden.to(matmul_dtype)
+        parts = (
+            _summarize(_linear(inputs, weight, bias, tile).to(dtype), token_ids, tile, temperature)
+            for tile in _tiles(len(weight), width)
         )
+        softmax = reduce(_merge, parts)
         ctx.save_for_backward(hidden, weight, bias, token_ids, softmax.peak + softmax.log_sum)
-        ctx.options = options
+        ctx.temperature, ctx.matmul_dtype, ctx.width = temperature, matmul_dtype, width
         ctx.mark_non_differentiable(softmax.entropy)
         return softmax.chosen - softmax.peak - softmax.log_sum, softmax.entropy
 
@@ -66,7 +60,7 @@ class TiledHead(torch.autograd.Function):
         """
         hidden, weight, bias, token_ids, logsumexp = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype, matmul_dtype, temperature = logsumexp.dtype, ctx.options.matmul_dtype, ctx.options.temperature
+        dtype, matmul_dtype, temperature = logsumexp.dtype, ctx.matmul_dtype, ctx.temperature
         inputs = hidden.to(matmul_dtype)
         scale = (grad_logprobs / -temperature).unsqueeze(1)
         scaled_inputs = (hidden * scale).to(matmul_dtype)
@@ -74,7 +68,7 @@ class TiledHead(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for tile in _tiles(len(weight), ctx.options.width):
+            for tile in _tiles(len(weight), ctx.width):
                 logits = _linear(inputs, weight, bias, tile).to(dtype)
                 probs = torch.add(-logsumexp.unsqueeze(1), logits, alpha=1 / temperature, out=logits).exp_()
                 column, inside = _columns(token_ids, tile)
@@ -88,7 +82,7 @@ class TiledHead(torch.autograd.Function):
                     grad_weight[tile] = surplus.T @ scaled_inputs
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _tiles(vocab_size: int, width: int) -> Iterator[slice]:

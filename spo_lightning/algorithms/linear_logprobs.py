@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spo_lightning.algorithms._checks import raise_problems
-from spo_lightning.algorithms._tiled_head import TiledHead, TiledHeadOptions
+from spo_lightning.algorithms._tiled_head import TiledHead
 from spo_lightning.algorithms.logprobs import temperature_problems
 
 CPU_CHUNK_ELEMENTS = 2**22
@@ -74,7 +74,7 @@ def linear_logprobs(
     width = max(1, chunk_elements // max(1, len(token_ids)))
     if width > WHOLE_COLUMNS:
         width -= width % WHOLE_COLUMNS
-    return TiledHead.apply(hidden, weight, bias, token_ids, TiledHeadOptions(temperature, matmul_dtype, width))
+    return TiledHead.apply(hidden, weight, bias, token_ids, temperature, matmul_dtype, width)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
