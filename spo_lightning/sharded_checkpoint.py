@@ -140,7 +140,7 @@ def groups_of_unused_optimizers(path: Path) -> list[list[dict[str, Any]]] | None
             return None
         states = [_read(path, {OPTIMIZER})[OPTIMIZER]]
     else:
-        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer_states"]
+        states = read_state(path)["optimizer_states"]
         if any(state["state"] for state in states):
             return None
     return [

@@ -24,7 +24,13 @@ class FSDP2Strategy(ModelParallelStrategy):
             the number of nodes; 1 shards over all ranks.
         save_distributed_checkpoint: each rank writes its shard; otherwise rank 0 writes one file of the whole.
         timeout_minutes: longest wait in a collective, after which a rank gives up.
+
+    Attributes:
+        shard_mesh: what parameters are sharded over, of one dimension or (replica, shard); set once the processes have
+            met.
     """
+
+    shard_mesh: DeviceMesh
 
     def __init__(
         self,
@@ -41,14 +47,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.cpu_offload = cpu_offload
         self.replicas = replicas
-        self._shard_mesh: DeviceMesh | None = None
-
-    @property
-    def shard_mesh(self) -> DeviceMesh:
-        """Mesh that parameters are sharded over: of one dimension, or (replica, shard)."""
-        if self._shard_mesh is None:
-            raise RuntimeError("there is no device mesh before the processes have met")
-        return self._shard_mesh
 
     def setup_environment(self) -> None:
         """Let the processes meet, and lay the mesh.
@@ -63,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
         shape: tuple[int, ...] = (ranks,) if self.replicas == 1 else (self.replicas, ranks // self.replicas)
         names = ("replicate", "shard")[-len(shape) :]
-        self._shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        self.shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def model_to_device(self) -> None:
         """Leave offloaded parameters in host memory."""
@@ -83,8 +81,3 @@ class FSDP2Strategy(ModelParallelStrategy):
                 values.get("step", torch.empty(0)).zero_()
             optimizer.state.clear()
         return state
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks and their number, for samplers."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
