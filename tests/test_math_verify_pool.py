@@ -26,12 +26,15 @@ BRUMO_SET = [r"\frac{3-i\sqrt{3}}{2}", "3", r"\frac{3+i\sqrt{3}}{2}", "2"]
 
 
 FAULTS = """
-import os, sys
+import os, struct, sys
 
 def judge(reference, text, boxed):
     if text == "hang":
         9**9**9**9  # a loop in C that no Python signal handler interrupts
     if text == "die":
+        os._exit(7)
+    if text == "die in mid-word":
+        os.write(int(sys.argv[1]), struct.pack("!i", 100) + b"half of it")
         os._exit(7)
     if text == "raise":
         raise RecursionError("as asked")
@@ -254,6 +257,10 @@ def test_failures_stay_with_their_task(pool: TimedPool) -> None:
     expected = [fine("a"), CRASH, fine("b"), TIMEOUT, fine("c"), CRASH, fine("d"), *[CRASH] * 4, fine("e")]
     assert pool.run("judge", tasks(*texts)) == expected
     assert pool.run("judge", tasks("f", "g")) == [fine("f"), fine("g")]
+
+
+def test_a_worker_may_die_while_it_answers(pool: TimedPool) -> None:
+    assert pool.run("judge", tasks("a", "die in mid-word", "b")) == [fine("a"), CRASH, fine("b")]
 
 
 def test_every_worker_hangs_at_once(pool: TimedPool) -> None:

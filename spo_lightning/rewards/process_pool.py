@@ -174,7 +174,7 @@ class _Worker:
         """What a readable connection holds: a value (``None`` for "ready"), or the end of the process."""
         try:
             value = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # before a message, or in the middle of one
             return TaskResult(None, "crash")
         self.ready = True
         return TaskResult(value)
