@@ -77,8 +77,7 @@ class LocalSandbox(CodeRunner):
         self.max_concurrent = self.max_workers
         self._line = _Line(self.max_workers)
         self._lock = threading.Lock()
-        self._zygote: Zygote | None = None
-        self._started = False
+        self._zygote: Zygote | None = None  # from start to close
 
     def start(self) -> None:
         """Start the zygote and see, with a program that tries to get out, that it isolates.
@@ -92,7 +91,7 @@ class LocalSandbox(CodeRunner):
                 "SandboxFusion, which sends programs to a server"
             )
         with self._lock:  # other calls of start wait for the check
-            if self._started:
+            if self._zygote is not None:
                 return
             if not self.limits.isolated:
                 warnings.warn(
@@ -106,7 +105,6 @@ class LocalSandbox(CodeRunner):
                 zygote.close()
                 raise
             self._zygote = zygote
-            self._started = True
 
     def run(self, code: str) -> Execution:
         """Run one program, as it is written, and wait for its end.
@@ -116,7 +114,7 @@ class LocalSandbox(CodeRunner):
         Raises:
             RuntimeError: ``start`` was not called, or ``close`` was.
         """
-        if not self._started:
+        if self._zygote is None:
             raise RuntimeError("the sandbox is not started; call start() first")
         with self._line:
             reason = ""
@@ -130,7 +128,6 @@ class LocalSandbox(CodeRunner):
     def close(self) -> None:
         """End the zygote and all programs."""
         with self._lock:
-            self._started = False
             if self._zygote is not None:
                 self._zygote.close()
                 self._zygote = None
@@ -138,12 +135,10 @@ class LocalSandbox(CodeRunner):
     def _living_zygote(self) -> Zygote:
         """The zygote, a new one in place of a dead one. Raises ConfigError and ZygoteGone."""
         with self._lock:
-            if not self._started:
-                raise ZygoteGone("it was closed meanwhile")
-            if self._zygote is not None and not self._zygote.alive:
-                self._zygote.close()
-                self._zygote = None
             if self._zygote is None:
+                raise ZygoteGone("it was closed meanwhile")
+            if not self._zygote.alive:
+                self._zygote.close()
                 self._zygote = Zygote(self.limits)
             return self._zygote
 

@@ -95,9 +95,11 @@ class Zygote:
     @property
     def alive(self) -> bool:
         """Whether it runs; told by its socket, which closes before the calls under way notice anything."""
+        if self._process.poll() is not None:  # ``close`` may have closed the socket too
+            return False
         poll = select.poll()
         poll.register(self._control, 0)
-        return not poll.poll(0) and self._process.poll() is None
+        return not poll.poll(0)
 
     def run(self, code: str) -> Execution:
         """Run one program. Raises ZygoteGone."""
