@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -305,6 +306,19 @@ def test_a_zygote_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
         assert runner._living_zygote().pid != stopped
     finally:
         runner.close()
+
+
+def test_a_machine_without_free_files_is_not_the_programs_fault(
+    sandbox: LocalSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def socketpair() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sandbox_process.socket, "socketpair", socketpair)
+        execution = sandbox.run("1")
+    assert execution.ending == "unavailable" and "Too many open files" in execution.detail
+    assert sandbox.run("1").value == "1"
 
 
 def test_no_program_runs_before_the_check_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class LocalSandbox(CodeRunner):
             for _ in range(_TRIES):
                 try:
                     return self._living_zygote().run(code)
-                except (ZygoteGone, ConfigError) as error:
+                except (ZygoteGone, ConfigError, OSError) as error:  # the last from a machine short of files or memory
                     reason = str(error)
             return unavailable(reason)
 
