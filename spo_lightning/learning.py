@@ -13,10 +13,16 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from spo_lightning.experience import Experience
+from spo_lightning.experience import (
+    Experience,
+    PreviousCompletions,
+    build_experience,
+    build_outcome,
+    decided_rows,
+    rewards,
+)
 from spo_lightning.iteration_metrics import learning_metrics, mismatch_metrics
 from spo_lightning.learner import accumulate_gradient
-from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome, decided_rows, rewards
 from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.sharding import clip_gradient, gradient_norm

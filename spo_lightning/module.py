@@ -37,7 +37,7 @@ from spo_lightning.defaults import lazy
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.evaluation import BenchmarkResult, Evaluation, interval_metrics
-from spo_lightning.experience import TokenSequence
+from spo_lightning.experience import TokenSequence, decided_rows
 from spo_lightning.generation import Generation
 from spo_lightning.generation_files import GenerationSettings, answered_folder
 from spo_lightning.intervals import estimate
@@ -58,7 +58,6 @@ from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.packing import has_packing_kernels, keeps_sequences_apart
 from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
-from spo_lightning.preparation import decided_rows
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout

@@ -17,12 +17,11 @@ from spo_lightning.data.loaders import Benchmark
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
-from spo_lightning.experience import TokenSequence
+from spo_lightning.experience import PreviousCompletions, TokenSequence, build_experience, build_outcome
 from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.policy import PolicyConfig
 from spo_lightning.policy_files import load_policy
-from spo_lightning.preparation import PreviousCompletions, build_experience, build_outcome
 from spo_lightning.rollouts import TransformersEngine
 from spo_lightning.rollouts.collection import Collection
 from spo_lightning.rollouts.collector import Rollout
