@@ -200,6 +200,19 @@ def test_a_defect_that_may_hang_on_the_call_is_told_to_the_model_alone(
     assert (statistics.failures["tool"], len(statistics.seconds["tool"])) == (1, 1)
 
 
+def test_a_tool_that_exits_has_failed_and_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
+    class Exiting(Waiting):
+        def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+            raise SystemExit(2)
+
+    pool = CallPool([Exiting(max_concurrent=1)], 8, timeout_s=LONG)
+    for key in range(2):
+        pool.begin(key, [call(key)], LONG)
+    done = take(pool, 2)
+    assert [texts(done[key]) for key in range(2)] == [["the tool tool failed: SystemExit"]] * 2
+    assert not pool.take_statistics().unavailable["tool"] and "SystemExit" in caplog.text
+
+
 def test_a_tool_that_is_unavailable_again_and_again_ends_the_run() -> None:
     class Gone(Waiting):
         def call(self, arguments: Mapping[str, Any]) -> ToolResult:

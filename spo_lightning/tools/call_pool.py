@@ -170,7 +170,10 @@ class CallPool:
             if isinstance(result, ToolResult) and not isinstance(result.text, str):
                 raise TypeError(f"it returned {result!r:.200}; the text of a ToolResult is a str")
             return result
-        except Exception as error:  # a tool's defect must not end the run
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a tool's defect must end neither the run nor the call's thread
             _log.exception("the tool %s failed on %.500r", call.name, dict(call.arguments))
             return ToolResult(f"the tool {call.name} failed: {type(error).__name__}", failed=True)
 
