@@ -65,8 +65,7 @@ def quick_verdict(first: str, second: str) -> bool | None:
     """Whether two cleaned answers are equal where the texts alone settle it; ``None`` where they do not.
 
     Settled are equal texts, numbers of equal value ("025" and "25"), and two different integers. Two different decimals
-    are
-    not: math-verify compares them after rounding to six places.
+    are not: math-verify compares them after rounding to six places.
     """
     if first == second:
         return True

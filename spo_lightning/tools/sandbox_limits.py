@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from spo_lightning.tools.protocol import Execution
 
 FILENAME = "<code>"
-PLAIN_MODULES = (
+PRELOAD = (
     *("bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools"),
     *("heapq", "inspect", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "time"),
+    *("numpy", "numpy.random", "sympy"),
 )
-PRELOAD = (*PLAIN_MODULES, "numpy", "numpy.random", "sympy")
 
 _LENGTH = struct.Struct("!Q")
 
