@@ -155,10 +155,8 @@ def full_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _whole_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(policy, FullyShardedDataParallel):
-        for prefix, unit in policy.named_modules():
-            if isinstance(unit, FullyShardedDataParallel):
-                for name, value in _unit_parameters(f"{prefix}." if prefix else "", unit):
-                    yield _model_name(name), value.clone()
+        for name, value in _fsdp1_parameters(policy):
+            yield _model_name(name), value.clone()
         return
     for name, parameter in policy.named_parameters():
         value = parameter.detach()
@@ -167,24 +165,23 @@ def _whole_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _load_fsdp1(policy: nn.Module, weights: dict[str, Tensor]) -> None:
     """Broadcast rank 0's weights, a unit at a time."""
+    for name, parameter in _fsdp1_parameters(policy, writeback=True):
+        if weights:
+            parameter.copy_(weights[name])
+        dist.broadcast(parameter, 0)
+
+
+def _fsdp1_parameters(policy: nn.Module, writeback: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under their names in the policy; those of a unit are whole until one of the next is asked for."""
     for prefix, unit in policy.named_modules():
-        if isinstance(unit, FullyShardedDataParallel):
-            for name, parameter in _unit_parameters(f"{prefix}." if prefix else "", unit, writeback=True):
-                if weights:
-                    parameter.copy_(weights[name])
-                dist.broadcast(parameter, 0)
-
-
-def _unit_parameters(
-    prefix: str, unit: FullyShardedDataParallel, writeback: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """A unit's own parameters, whole until the next one is asked for, under their names in the policy."""
-    modules = ((plain_name(f"{name}."), module) for name, module in unit.named_modules() if module is not unit)
-    inner = tuple(name for name, module in modules if isinstance(module, FullyShardedDataParallel))
-    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
-        for name, parameter in unit.named_parameters():
-            if not plain_name(name).startswith(inner):
-                yield plain_name(prefix + name), parameter.detach()
+        if not isinstance(unit, FullyShardedDataParallel):
+            continue
+        modules = ((plain_name(f"{name}."), module) for name, module in unit.named_modules() if module is not unit)
+        inner = tuple(name for name, module in modules if isinstance(module, FullyShardedDataParallel))
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
+            for name, parameter in unit.named_parameters():
+                if not plain_name(name).startswith(inner):
+                    yield plain_name(f"{prefix}.{name}" if prefix else name), parameter.detach()
 
 
 def _whole(value: DTensor) -> Tensor:
