@@ -8,10 +8,6 @@ from typing import Any
 from spo_lightning.tools.protocol import CodeRunner, Execution, Tool, ToolResult
 
 _MIN_RESULT_CHARS = 100  # room for the note about what is left out
-_DESCRIPTION = (
-    "Runs a Python program and returns what it prints, and the value of a bare expression on its last line. Nothing is "
-    "kept from one program to the next."
-)
 
 
 class PythonInterpreter(Tool):
@@ -31,7 +27,10 @@ class PythonInterpreter(Tool):
         ValueError: ``max_result_chars`` below 100.
     """
 
-    description = _DESCRIPTION
+    description = (
+        "Runs a Python program and returns what it prints, and the value of a bare expression on its last line. "
+        "Nothing is kept from one program to the next."
+    )
 
     def __init__(self, runner: CodeRunner | None = None, name: str = "python", max_result_chars: int = 8192) -> None:
         if max_result_chars < _MIN_RESULT_CHARS:

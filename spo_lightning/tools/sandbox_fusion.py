@@ -113,12 +113,13 @@ class SandboxFusion(CodeRunner):
         requests = self._requests
         if requests is None:
             raise RuntimeError("SandboxFusion is not started; call start() first")
+        program = base64.b64encode(code.encode("utf-8", "surrogatepass")).decode("ascii")
         body = {
             "code": self._driver,
             "language": "python",
             "run_timeout": self._run_timeout,
             "memory_limit_MB": self._memory_limit,
-            "files": {fusion_driver.PROGRAM_FILE: _base64(code.encode("utf-8", "surrogatepass"))},
+            "files": {fusion_driver.PROGRAM_FILE: program},
             "fetch_files": [fusion_driver.REPORT_FILE],
         }
         try:
@@ -185,7 +186,3 @@ def _report(answer: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
