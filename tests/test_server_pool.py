@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+from aiohttp import web
 from safetensors.torch import load_file
 
 from spo_lightning.errors import ConfigError
@@ -235,6 +236,44 @@ async def test_a_server_behind_a_failing_proxy_is_tried_out_before_it_is_used_ag
         server.status = 200
         assert len(await drain(pool)) == 3
         assert server.known_tokens == 49
+
+
+class OddServer(FakeServer):
+    """Answers like whatever else may be behind a URL, while ``odd`` is set."""
+
+    odd: dict[str, Any] | None = None
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return await super()._info(request) if self.odd is None else web.Response(**self.odd)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        return await super()._generate(request) if self.odd is None else web.Response(**self.odd)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"status": 502, "body": b"Zur\xfcck", "content_type": "text/html"},
+        {"body": b'"Zur\xfcck"', "content_type": "application/json"},
+        {"body": b"data: {}\n\n", "content_type": "text/event-stream"},
+        {"body": b"{}", "content_type": "application/json"},
+        {"body": b"[]", "content_type": "application/json"},
+    ],
+    ids=["a page that is not UTF-8", "JSON that is not UTF-8", "no JSON, an empty event", "no field", "a list"],
+)
+@on_a_loop
+async def test_an_answer_that_is_not_vllms_takes_a_server_out_of_use_until_it_is_itself(odd: dict[str, Any]) -> None:
+    server = OddServer()
+    async with pool_of(server) as pool:
+        await until(lambda: "is usable" in pool.causes())
+        ask(pool, range(3), tokens=20)
+        await until(lambda: server.running)
+        server.odd = odd
+        ask(pool, range(3, 6), tokens=20)
+        await until(lambda: "is usable" not in pool.causes())
+        assert "/weight_info" in pool.causes() or "502" in pool.causes()
+        server.odd = None
+        assert len(await drain(pool)) == 6
 
 
 @on_a_loop

@@ -19,6 +19,7 @@ LOGPROB_FLOOR = -9999.0  # what vLLM sends in place of minus infinity and NaN
 LOADING = "loading"  # name of the weights while they are replaced
 LINE_LIMIT = 2**24  # bytes; a line holds all tokens since the last one, at 150 bytes each
 AWAY = frozenset({404, 408, 429, 502, 503, 504})  # a proxy, or a server that takes no requests now
+NOT_FROM_VLLM = (ValueError, LookupError, TypeError)  # what an answer gives that holds something else than vLLM's
 PROBE = {"token_ids": [0], "stream": True, "sampling_params": {"max_tokens": 1, "logprobs": 0, "detokenize": False}}
 
 
@@ -87,8 +88,8 @@ class ServerClient:
 
     async def served_models(self) -> dict[str, int]:
         """Served model names, each with its length limit."""
-        answer = await self._call("GET", "/v1/models")
-        return {model["id"]: model["max_model_len"] for model in answer["data"]}
+        models = await self._call("GET", "/v1/models", field="data")
+        return {model["id"]: model["max_model_len"] for model in models}
 
     async def describe(self) -> dict[str, Any]:
         """What ``ServerWorker.spo_describe`` says on the server's first worker.
@@ -97,14 +98,14 @@ class ServerClient:
             ServerRefused: the server lacks the worker extension, or the development mode that lets it be called.
         """
         try:
-            answer = await self._call("POST", "/collective_rpc", {"method": "spo_describe"})
+            results = await self._call("POST", "/collective_rpc", {"method": "spo_describe"}, field="results")
         except ServerAway as error:
             raise _lacking(error, "VLLM_SERVER_DEV_MODE=1 in its environment") from error
         except ServerUnavailable as error:
             if "no attribute 'spo_describe'" in str(error):
                 raise ServerRefused(f"lacks --worker-extension-cls {WORKER_EXTENSION}") from error
             raise
-        description: dict[str, Any] = answer["results"][0]
+        description: dict[str, Any] = results[0]
         return description
 
     async def hide_tokens(self, first: int) -> None:
@@ -113,12 +114,13 @@ class ServerClient:
 
     async def world_sizes(self) -> tuple[int, int]:
         """Workers of one copy of the model, and of all copies, which data parallelism makes."""
-        one, whole = [await self._call("GET", f"/get_world_size?include_dp={dp}") for dp in ("false", "true")]
-        return int(one["world_size"]), int(whole["world_size"])
+        path = "/get_world_size?include_dp="
+        one, whole = [await self._call("GET", path + dp, field="world_size") for dp in ("false", "true")]
+        return int(one), int(whole)
 
     async def weight_version(self) -> str:
         """The version its engine process was told last; "default" if none since it was started."""
-        return str((await self._call("GET", "/weight_info"))["weight_version"])
+        return str(await self._call("GET", "/weight_info", field="weight_version"))
 
     async def load(self, weights: PushedWeights, version: str, link: WeightLink) -> None:
         """Load weights, by vLLM's weight-transfer API, and name them.
@@ -142,8 +144,7 @@ class ServerClient:
         await self._call("POST", "/start_weight_update", timeout=self._push_timeout)
         await link.send(self, weights)
         await self._call("POST", "/finish_weight_update", timeout=self._push_timeout)
-        reset = await self._call("POST", "/reset_prefix_cache", timeout=self._push_timeout)
-        if not reset["success"]:
+        if not await self._call("POST", "/reset_prefix_cache", timeout=self._push_timeout, field="success"):
             raise ServerUnavailable("could not reset its prefix cache, which holds keys and values of the old weights")
         await self._call("POST", "/resume", timeout=self._push_timeout)
         await self._name_weights(version)
@@ -208,13 +209,13 @@ class ServerClient:
                         yield chunk
                         if chunk.finish_reason is not None:
                             return
-        except (aiohttp.ClientError, BadHttpMessage, OSError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, BadHttpMessage, OSError, TimeoutError, *NOT_FROM_VLLM) as error:
             raise ServerUnavailable(_text(error)) from error
         raise ServerUnavailable("the stream ended before the completion did")
 
     async def _raise_weight_problem(self) -> None:
-        answer = await self._call("POST", "/collective_rpc", {"method": "spo_weight_problem"})
-        found = [result for result in answer["results"] if result["problem"]]
+        results = await self._call("POST", "/collective_rpc", {"method": "spo_weight_problem"}, field="results")
+        found = [result for result in results if result["problem"]]
         if found:
             text = "; ".join(sorted({result["problem"] for result in found}))
             raise ServerUnavailable(text) if all(result["lost"] for result in found) else ServerRefused(text)
@@ -223,21 +224,27 @@ class ServerClient:
         await self._call("POST", "/update_weight_version", {"new_version": version})
 
     async def _call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None
-    ) -> dict[str, Any]:
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        field: str | None = None,
+    ) -> Any:
+        """Send a request that has a short answer; a field of it, or all."""
         limit = aiohttp.ClientTimeout(total=timeout or self._answer_timeout, sock_connect=CONNECT_TIMEOUT)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
                 await _check(response)
-                answer: dict[str, Any] = await response.json()
-                return answer
-        except (aiohttp.ClientError, OSError, TimeoutError, json.JSONDecodeError) as error:
+                answer = await response.json()
+                return answer if field is None else answer[field]
+        except (aiohttp.ClientError, OSError, TimeoutError, *NOT_FROM_VLLM) as error:
             raise ServerUnavailable(f"{path.partition('?')[0]}: {_text(error)}") from error
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status >= 400:
-        text = (await response.text())[:500]
+        text = (await response.text(errors="replace"))[:500]
         if response.status == 401:
             text += "; give SPO_VLLM_API_KEY the servers' --api-key"
         raise _failure(response.status, f"{response.url.path} answered {response.status}: {text}")
