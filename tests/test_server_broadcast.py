@@ -26,7 +26,6 @@ from spo_lightning.rollouts.server_broadcast import BroadcastSettings, Broadcast
 from spo_lightning.rollouts.server_checks import ServerCheck, connect
 from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_pool import ServerPool
-from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_thread import LoopThread
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout
@@ -129,9 +128,8 @@ def test_a_server_is_paused_emptied_and_named_last(trainer: Trainer) -> None:
 @asynccontextmanager
 async def pool_of(trainer: Trainer, *servers: FakeServer) -> AsyncIterator[tuple[ServerPool, list[Server]]]:
     async with clients_of(*servers) as clients:
-        requests = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000)
         known = [Server(client, trainer.transfer.link(i)) for i, client in enumerate(clients)]
-        pool = ServerPool(known, ServerCheck("policy", None, 49), requests, 256, 0.05)
+        pool = ServerPool(known, ServerCheck("policy", None, 49), 256, 0.05)
         try:
             yield pool, known
         finally:

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext
+from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerClient
 from spo_lightning.rollouts.server_files import FileLink
 from spo_lightning.rollouts.server_pool import ServerPool
-from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_thread import LoopThread
 from spo_lightning.rollouts.server_weights import PushedWeights
@@ -33,7 +33,7 @@ from spo_lightning.types import Completion, RolloutRequest, SamplingParams
 from fake_server import FakeServer
 from tiny_models import make_char_tokenizer, make_model
 
-FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1}), 100_000)
+TOKENIZER = make_char_tokenizer()
 BAD = 9
 
 
@@ -55,7 +55,7 @@ async def pool_of(
             await server.start()
         clients = [ServerClient(server.url, session, 5.0, 20.0, 60.0) for server in servers]
         known = [Server(client, FileLink()) for client in clients]
-        pool = ServerPool(known, ServerCheck("policy", None, 49), FORMAT, streams, probe, clock)
+        pool = ServerPool(known, ServerCheck("policy", None, 49), streams, probe, clock)
         try:
             await until(lambda: "was not asked yet" not in pool.causes())
             yield pool
@@ -82,7 +82,7 @@ async def drain(pool: ServerPool) -> list[Completion]:
 
 def ask(pool: ServerPool, ids: Iterable[int], tokens: int = 1000, prompt: int = 2, urgent: bool = False) -> None:
     requests = [RolloutRequest(i, (prompt,), SamplingParams(tokens), i, urgent=urgent) for i in ids]
-    pool.add(FORMAT.open(request) for request in requests)
+    pool.add(OpenRequest(request, 100_000, TOKENIZER, (1,)) for request in requests)
 
 
 def target(folder: Path, weights: int, push: int = 1) -> Target:
@@ -446,7 +446,7 @@ def test_a_server_of_an_older_vllm_is_refused(tmp_path: Path) -> None:
     engine = VLLMServerEngine([server.url])
     try:
         with pytest.raises(ValueError, match=r"is not fit for this run: its vLLM does not say .*start it with 0.32 or"):
-            engine.start(EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,)))
+            engine.start(EngineContext(str(tmp_path / "policy"), TOKENIZER, "cpu", "float32", (1,)))
     finally:
         engine.close()
         thread.run(server.stop())
@@ -461,7 +461,7 @@ def test_a_server_of_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
     engine = VLLMServerEngine([server.url])
     try:
         with pytest.raises(ConfigError, match=r"its model has hidden_size 64, the policy 32: start it with the policy"):
-            engine.start(EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,)))
+            engine.start(EngineContext(str(tmp_path / "policy"), TOKENIZER, "cpu", "float32", (1,)))
     finally:
         engine.close()
         thread.run(server.stop())
@@ -515,7 +515,7 @@ def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp
     monkeypatch.setenv("SPO_VLLM_API_KEY", "secret")
     thread, server = LoopThread("fake"), WeightServer()
     thread.run(server.start())
-    context = EngineContext(str(tmp_path / "policy"), FORMAT.tokenizer, "cpu", "float32", (1,))
+    context = EngineContext(str(tmp_path / "policy"), TOKENIZER, "cpu", "float32", (1,))
     folder = tmp_path / "weights"
     engines = [VLLMServerEngine([server.url], str(folder), probe_interval_s=0.1) for _ in range(2)]
     try:

@@ -22,10 +22,11 @@ from spo_lightning.errors import ConfigError
 from spo_lightning.policy import PolicyConfig
 from spo_lightning.policy_files import load_policy
 from spo_lightning.rollouts import policy_parameters
+from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_broadcast import BroadcastSettings, BroadcastTransfer, _MemorySink
 from spo_lightning.rollouts.server_files import FileTransfer
-from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_requests import request_body
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
 from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
 from spo_lightning.rollouts.weights import PushCheck
@@ -389,35 +390,36 @@ def test_a_full_disk_is_named_read_to_the_end_and_leaves_nothing(model, files, s
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-FORMAT = RequestFormat(make_char_tokenizer(), frozenset({1, 7}), 100)
+def open_request(prompt: tuple[int, ...], sampling: SamplingParams) -> OpenRequest:
+    return OpenRequest(RolloutRequest(0, prompt, sampling, 11), 100, make_char_tokenizer(), (7, 1))
 
 
 def test_a_body_asks_for_the_rest_of_a_completion_and_settles_every_setting() -> None:
-    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10, 0.7, 0.9, 5), 11))
+    row = open_request((2, 3), SamplingParams(10, 0.7, 0.9, 5))
     for token in (4, 5, 6):
-        assert row.append(token, -1.0, 8, FORMAT.eos_token_ids) is None
-    body = FORMAT.body(row)
+        assert row.append(token, -1.0, 8) is None
+    body = request_body(row)
     assert body["token_ids"] == [2, 3, 4, 5, 6]
     parameters = body["sampling_params"]
     expected = {"max_tokens": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.0, "min_p": 0.0}
     assert {name: parameters[name] for name in expected} == expected
     assert parameters["stop_token_ids"] == [1, 7] and parameters["ignore_eos"]
-    greedy = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(200, 0.0, 0.9, 5), 11)))["sampling_params"]
+    greedy = request_body(open_request((2,), SamplingParams(200, 0.0, 0.9, 5)))["sampling_params"]
     assert (greedy["max_tokens"], greedy["top_p"], greedy["top_k"]) == (99, 1.0, 0)
     assert (parameters["stream_interval"], greedy["stream_interval"]) == (1, 6)  # a 32nd of the completion, from 1
-    long = FORMAT.body(FORMAT.open(RolloutRequest(0, (2,), SamplingParams(8192), 11)))["sampling_params"]
+    long = request_body(open_request((2,), SamplingParams(8192)))["sampling_params"]
     assert long["stream_interval"] == 16
     seeds = [derive_seed(11, SeedStream.CONTINUATION, sampled) for sampled in (3, 0)]
     assert [parameters["seed"], greedy["seed"]] == seeds and seeds[0] != seeds[1]
 
 
 def test_a_cut_request_has_the_leading_tokens_and_goes_on_from_them() -> None:
-    row = FORMAT.open(RolloutRequest(0, (2, 3), SamplingParams(10), 11))
+    row = open_request((2, 3), SamplingParams(10))
     for token, version in ((4, 1), (5, 1), (6, 2)):
-        row.append(token, -float(token), version, FORMAT.eos_token_ids)
-    cut = FORMAT.cut(row, 2)
+        row.append(token, -float(token), version)
+    cut = row.cut(2)
     completion = cut.completion("aborted")
     assert completion.token_ids.tolist() == [4, 5] and completion.sampling_logprobs.tolist() == [-4, -5]
     assert completion.policy_versions.tolist() == [1, 1]
     assert (cut.room, cut.request.seed, cut.prefix) == (8, 11, [2, 3, 4, 5])
-    assert FORMAT.cut(row, 0).prefix == [2, 3]
+    assert row.cut(0).prefix == [2, 3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ class OpenRequest:
             so that its tokens depend neither on the batch it runs in nor on interruptions.
         max_model_len: most tokens of prompt and completion together.
         tokenizer: decodes the completion.
+        eos_token_ids: tokens that end it.
     """
 
-    def __init__(self, request: RolloutRequest, max_model_len: int, tokenizer: Any) -> None:
+    def __init__(
+        self, request: RolloutRequest, max_model_len: int, tokenizer: Any, eos_token_ids: Collection[int]
+    ) -> None:
         self.request = request
+        self.eos_token_ids = eos_token_ids
         self.token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._mask: list[bool] = []
@@ -77,16 +83,29 @@ class OpenRequest:
         """The uniform number in [0, 1) that decides the next token."""
         return self._random.random()
 
-    def append(self, token_id: int, logprob: float, version: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    def append(self, token_id: int, logprob: float, version: int) -> FinishReason | None:
         """Add a sampled token; the reason why it was the last one, or ``None``."""
         self.token_ids.append(token_id)
         self._logprobs.append(logprob)
         self._mask.append(True)
         self._versions.append(version)
         self.num_sampled += 1
-        if token_id in eos_token_ids or (self._watcher is not None and self._watcher.found(self.token_ids)):
+        if token_id in self.eos_token_ids or (self._watcher is not None and self._watcher.found(self.token_ids)):
             return "stop"
         return "length" if self.room <= 0 else None
+
+    def cut(self, length: int) -> OpenRequest:
+        """The request with only the first ``length`` tokens of its completion."""
+        whole = self.completion("aborted")
+        kept = replace(
+            whole,
+            token_ids=whole.token_ids[:length],
+            sampling_logprobs=whole.sampling_logprobs[:length],
+            completion_mask=whole.completion_mask[:length],
+            policy_versions=whole.policy_versions[:length],
+        )
+        request = replace(self.request, partial=kept)
+        return OpenRequest(request, self._max_model_len, self._tokenizer, self.eos_token_ids)
 
     def completion(self, finish_reason: FinishReason) -> Completion:
         """The completion as far as it has come; without its text while it is unfinished, which would take long."""

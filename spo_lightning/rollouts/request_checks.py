@@ -1,10 +1,14 @@
-"""What an engine refuses before any work starts."""
+"""What engines refuse, in the same words."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from spo_lightning.types import RolloutRequest
+
+UNUSABLE = "the engine's weights are unusable; call update_weights() with a full set, then step()"
+REMEDY = "look at the last update for a diverged loss or an overflow of the dtype, and push finite weights to go on"
+ASLEEP = "the engine is asleep; call wake_up() before step()"
 
 
 def length_limit(positions: int, asked: int | None) -> int:
@@ -69,6 +73,19 @@ def check_requests(
             problems.append(f"{name} has seed {request.seed}; it must be 0 or more")
     if problems:
         raise ValueError("requests refused, none was queued: " + "; ".join(problems))
+
+
+def ids_to_abort(request_ids: Iterable[int], open_ids: Container[int]) -> list[int]:
+    """The ids, each once.
+
+    Raises:
+        KeyError: one is not open.
+    """
+    ids = list(dict.fromkeys(request_ids))
+    unknown = [i for i in ids if i not in open_ids]
+    if unknown:
+        raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
+    return ids
 
 
 def _partial_problems(name: str, request: RolloutRequest) -> list[str]:

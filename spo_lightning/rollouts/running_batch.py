@@ -74,12 +74,11 @@ class RunningBatch:
         self.rows = [self.rows[i] for i in self._cache.keep(kept, width)]
         self._refresh()
 
-    def clear(self) -> list[OpenRequest]:
-        """Empty the batch, cache included, and return its rows."""
-        rows, self.rows = self.rows, []
+    def clear(self) -> None:
+        """Empty the batch, cache included."""
+        self.rows = []
         self._cache = RowCache(self._model.config.num_hidden_layers)
         self._refresh()
-        return rows
 
     def _refresh(self) -> None:
         """Build the tensors that follow the membership of the batch."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp.http_exceptions import BadHttpMessage
 
+from spo_lightning.rollouts.server_requests import PROBE
+
 if TYPE_CHECKING:
     from spo_lightning.rollouts.server_weights import PushedWeights, WeightLink
 
@@ -20,7 +22,6 @@ LOADING = "loading"  # name of the weights while they are replaced
 LINE_LIMIT = 2**24  # bytes; a line holds all tokens since the last one, at 150 bytes each
 AWAY = frozenset({404, 408, 429, 502, 503, 504})  # a proxy, or a server that takes no requests now
 NOT_FROM_VLLM = (ValueError, LookupError, TypeError)  # what an answer gives that holds something else than vLLM's
-PROBE = {"token_ids": [0], "stream": True, "sampling_params": {"max_tokens": 1, "logprobs": 0, "detokenize": False}}
 
 
 class ServerUnavailable(Exception):

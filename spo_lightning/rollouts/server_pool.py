@@ -22,7 +22,7 @@ from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_checks import ServerCheck
 from spo_lightning.rollouts.server_client import ServerAway, ServerRefused, ServerUnavailable
 from spo_lightning.rollouts.server_keeper import Keeper
-from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.server_requests import request_body
 from spo_lightning.rollouts.server_state import Job, Server, Target
 from spo_lightning.rollouts.server_weights import PushedWeights
 from spo_lightning.types import Completion
@@ -36,7 +36,6 @@ class ServerPool:
     Args:
         servers: the run's, none of which was asked anything.
         check: asked of a server before it is used.
-        requests: how to ask for tokens.
         max_streams: most requests open at one server.
         probe_interval: seconds between two looks at a server.
         clock: gives the seconds that ``take_idle_seconds`` counts.
@@ -49,7 +48,6 @@ class ServerPool:
         self,
         servers: Iterable[Server],
         check: ServerCheck,
-        requests: RequestFormat,
         max_streams: int,
         probe_interval: float,
         clock: Callable[[], float] = time.monotonic,
@@ -57,7 +55,6 @@ class ServerPool:
         self._servers = list(servers)
         self.idle_time = IdleTime(clock)
         self._server_idle_times = {server: IdleTime(clock) for server in self._servers}
-        self._requests = requests
         self._max_streams = max_streams
         self._keeper = Keeper(check, probe_interval, self._looked)
         self._open: dict[int, Job] = {}
@@ -74,7 +71,7 @@ class ServerPool:
     def add(self, rows: Iterable[OpenRequest]) -> None:
         """Queue requests."""
         for row in rows:
-            job = Job(row, self._submitted, self._requests)
+            job = Job(row, self._submitted)
             self._submitted += 1
             self._open[row.request.request_id] = job
             heapq.heappush(self._waiting, (job.rank, job))
@@ -245,7 +242,7 @@ class ServerPool:
         """Stream the rest of a request from a server that holds ``held``."""
         job.begin = len(job.row.token_ids)
         try:
-            async with contextlib.aclosing(server.client.stream(self._requests.body(job.row))) as stream:
+            async with contextlib.aclosing(server.client.stream(request_body(job.row))) as stream:
                 async for chunk in stream:
                     job.take(chunk, version)
                     self._waited = 0.0

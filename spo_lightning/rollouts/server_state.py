@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from spo_lightning.rollouts.open_request import OpenRequest
 from spo_lightning.rollouts.server_client import Chunk, ServerClient
-from spo_lightning.rollouts.server_requests import RequestFormat
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLink
 from spo_lightning.types import FinishReason
 
@@ -43,7 +42,6 @@ class Job:
     Attributes:
         row: the request and its tokens.
         order: its place in the order of submission.
-        requests: how to cut it.
         reason: why it ended, once it has.
         begin: tokens that it had when its last stream began.
         failures: streams in a row that broke off without a token, at servers that were found well afterwards.
@@ -51,7 +49,6 @@ class Job:
 
     row: OpenRequest
     order: int
-    requests: RequestFormat
     reason: FinishReason | None = None
     begin: int = 0
     failures: int = 0
@@ -65,7 +62,7 @@ class Job:
         """Take a chunk's tokens up to the one that ends the completion."""
         for token_id, logprob in zip(chunk.token_ids, chunk.logprobs, strict=True):
             self.failures = 0
-            self.reason = self.row.append(token_id, logprob, version, self.requests.eos_token_ids)
+            self.reason = self.row.append(token_id, logprob, version)
             if self.reason is not None:
                 return
 
@@ -82,7 +79,7 @@ class Job:
                 break
             own = end
         if self.begin + own < len(self.row.token_ids):
-            self.row = self.requests.cut(self.row, self.begin + own)
+            self.row = self.row.cut(self.begin + own)
             self.reason = None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.protocols import EngineContext, RolloutEngine
+from spo_lightning.rollouts.request_checks import ids_to_abort
 from spo_lightning.rollouts.tool_results import encode_results, extended, last_turn, num_results, unfinished
 from spo_lightning.tools.call_pool import CallPool, Turn
 from spo_lightning.tools.protocol import BadCall, ToolCall
@@ -130,11 +131,8 @@ class ToolEngine(RolloutEngine):
 
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
         """Stop open requests; calls under way are given up, and made again when the completion goes on."""
-        ids = list(dict.fromkeys(request_ids))
         with self._lock:
-            unknown = [i for i in ids if i not in self._open]
-            if unknown:
-                raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
+            ids = ids_to_abort(request_ids, self._open)
             have = self._outside_engine()
             have |= {c.request_id: self._seen_from_outside(c) for c in self.engine.abort(set(ids) - have.keys())}
             for i in ids:

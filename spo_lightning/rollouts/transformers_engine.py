@@ -9,8 +9,8 @@ it, so that an engine started within it still takes weights outside of it.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts.open_request import OpenRequest
-from spo_lightning.rollouts.request_checks import check_requests, length_limit
+from spo_lightning.rollouts.request_checks import (
+    ASLEEP,
+    REMEDY,
+    UNUSABLE,
+    check_requests,
+    ids_to_abort,
+    length_limit,
+)
 from spo_lightning.rollouts.weights import copy_parameters
 from spo_lightning.types import Completion, RolloutRequest
 
@@ -64,7 +71,6 @@ class TransformersEngine(RolloutEngine):
         self.attn_implementation = attn_implementation
         self.max_prefill_tokens = max_prefill_tokens
         self._batch: RunningBatch | None = None
-        self._queue: deque[OpenRequest] = deque()
         self._open: dict[int, OpenRequest] = {}
         self._version = 0
         self._weights_fit = True
@@ -104,8 +110,7 @@ class TransformersEngine(RolloutEngine):
         )
         self._model = model.to(context.device).eval().requires_grad_(False)
         self._device = torch.device(context.device)
-        self._tokenizer = context.tokenizer
-        self._eos_token_ids = frozenset(context.eos_token_ids)
+        self._tokenizer, self._eos_token_ids = context.tokenizer, context.eos_token_ids
         self._embedded_tokens = int(model.get_input_embeddings().num_embeddings)
         self._batch = RunningBatch(self._model, self._device, context.known_tokens, self.max_prefill_tokens)
 
@@ -120,9 +125,8 @@ class TransformersEngine(RolloutEngine):
         self._started()
         check_requests(requests, self._open, self._max_model_len, self._embedded_tokens)
         for request in requests:
-            row = OpenRequest(request, self._max_model_len, self._tokenizer)
+            row = OpenRequest(request, self._max_model_len, self._tokenizer, self._eos_token_ids)
             self._open[request.request_id] = row
-            self._queue.append(row)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -133,9 +137,9 @@ class TransformersEngine(RolloutEngine):
         """
         batch = self._started()
         if self._asleep:
-            raise RuntimeError("the engine is asleep; call wake_up() before step()")
+            raise RuntimeError(ASLEEP)
         if not self._weights_fit:
-            raise RuntimeError("the engine's weights are unusable; call update_weights() with a full set, then step()")
+            raise RuntimeError(UNUSABLE)
         self._refill(batch)
         if not batch.rows:
             return []
@@ -143,8 +147,7 @@ class TransformersEngine(RolloutEngine):
         if not all(map(math.isfinite, logprobs)):
             self._weights_fit = False
             raise RuntimeError(
-                f"the logits under policy version {self._version} are not finite, so nothing can be sampled; look at "
-                "the last update for a diverged loss or an overflow of the dtype, and push finite weights to go on"
+                f"the logits under policy version {self._version} are not finite, so nothing can be sampled; {REMEDY}"
             )
         return self._take_finished(batch, tokens, logprobs)
 
@@ -156,16 +159,11 @@ class TransformersEngine(RolloutEngine):
             KeyError: an id is not open; nothing is stopped then.
         """
         batch = self._started()
-        ids = list(dict.fromkeys(request_ids))
-        unknown = [i for i in ids if i not in self._open]
-        if unknown:
-            raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
-        aborted = {id(row): row for row in (self._open.pop(i) for i in ids)}
-        running = [i for i, row in enumerate(batch.rows) if id(row) in aborted]
+        aborted = [self._open.pop(i) for i in ids_to_abort(request_ids, self._open)]
+        running = [i for i, row in enumerate(batch.rows) if row.request.request_id not in self._open]
         if running:
             batch.remove(running)
-        self._queue = deque(row for row in self._queue if id(row) not in aborted)
-        return [row.completion("aborted") for row in aborted.values()]
+        return [row.completion("aborted") for row in aborted]
 
     def partials(self) -> list[Completion]:
         """What every open request has so far, in the order they were submitted; they stay open."""
@@ -195,7 +193,7 @@ class TransformersEngine(RolloutEngine):
         """
         batch = self._started()
         self._weights_fit = False
-        self._requeue(batch)
+        batch.clear()
         copy_parameters(self._model, named_parameters)
         self._version = version
         self._weights_fit = True
@@ -203,7 +201,7 @@ class TransformersEngine(RolloutEngine):
     @torch.inference_mode(False)
     def sleep(self) -> None:
         """Drop the key-value cache and move the weights to the host. Open requests stay open."""
-        self._requeue(self._started())
+        self._started().clear()
         self._model.to("cpu")
         self._asleep = True
 
@@ -219,7 +217,6 @@ class TransformersEngine(RolloutEngine):
         if self._batch is not None:
             self._batch = None
             del self._model
-        self._queue.clear()
         self._open.clear()
         self._version, self._weights_fit, self._asleep = 0, True, False
 
@@ -229,20 +226,18 @@ class TransformersEngine(RolloutEngine):
         return self._batch
 
     def _refill(self, batch: RunningBatch) -> None:
-        """Move queued rows into the batch when enough of it is free, or nothing runs."""
+        """Move waiting rows into the batch, first come, first served, when enough of it is free, or nothing runs."""
         free = self.max_batch_size - len(batch.rows)
-        if self._queue and (not batch.rows or free >= max(1, REFILL_FRACTION * self.max_batch_size)):
-            batch.admit([self._queue.popleft() for _ in range(min(free, len(self._queue)))])
-
-    def _requeue(self, batch: RunningBatch) -> None:
-        """Put the running rows back at the head of the queue, in order, and drop their cache."""
-        self._queue.extendleft(reversed(batch.clear()))
+        waits = len(self._open) > len(batch.rows)
+        if waits and (not batch.rows or free >= max(1, REFILL_FRACTION * self.max_batch_size)):
+            running = set(batch.rows)
+            batch.admit(list(islice((row for row in self._open.values() if row not in running), free)))
 
     def _take_finished(self, batch: RunningBatch, tokens: list[int], logprobs: list[float]) -> list[Completion]:
         finished = []
         completions = []
         for i, (row, token, logprob) in enumerate(zip(batch.rows, tokens, logprobs, strict=True)):
-            reason = row.append(token, logprob, self._version, self._eos_token_ids)
+            reason = row.append(token, logprob, self._version)
             if reason is not None:
                 finished.append(i)
                 completions.append(row.completion(reason))

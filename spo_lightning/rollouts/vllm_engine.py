@@ -22,15 +22,13 @@ from torch import Tensor
 
 from spo_lightning.protocols import EngineContext, RolloutEngine
 from spo_lightning.rollouts.open_request import OpenRequest
-from spo_lightning.rollouts.request_checks import check_requests, length_limit
+from spo_lightning.rollouts.request_checks import ASLEEP, REMEDY, UNUSABLE, check_requests, length_limit
 from spo_lightning.rollouts.vllm_process import VLLMProcess, engine_arguments, import_vllm, needs_plain_all_reduce
 from spo_lightning.rollouts.vllm_requests import VLLMRequests, check_temperatures
 from spo_lightning.types import Completion, RolloutRequest
 
 CPU_CACHE_BYTES = 2**30
 BROKEN = "vLLM has failed; close() the engine and start() it again"
-UNUSABLE = "the engine's weights are unusable; call update_weights() with a full set, then step()"
-ASLEEP = "the engine is asleep; call wake_up() before step()"
 
 
 class VLLMEngine(RolloutEngine):
@@ -131,8 +129,8 @@ class VLLMEngine(RolloutEngine):
         self._on_cpu = torch.device(context.device).type == "cpu"
         self._process = VLLMProcess(self._arguments(context), context, self.ranks_per_engine)
         self._fruitless_s = 0.0
-        self._tokenizer = context.tokenizer
-        self._requests = VLLMRequests(frozenset(context.eos_token_ids))
+        self._tokenizer, self._eos_token_ids = context.tokenizer, context.eos_token_ids
+        self._requests = VLLMRequests()
         if context.known_tokens < self._parameters.num_embeddings:
             self._process.llm.apply_model(partial(hide_tokens, first=context.known_tokens))
 
@@ -148,7 +146,7 @@ class VLLMEngine(RolloutEngine):
         check_requests(requests, self._requests, self._max_model_len, self._parameters.num_embeddings)
         check_temperatures(requests)
         for request in requests:
-            self._requests.add(OpenRequest(request, self._max_model_len, self._tokenizer))
+            self._requests.add(OpenRequest(request, self._max_model_len, self._tokenizer, self._eos_token_ids))
 
     @torch.inference_mode(False)
     def step(self) -> list[Completion]:
@@ -179,8 +177,7 @@ class VLLMEngine(RolloutEngine):
             self._refusal = UNUSABLE
             raise RuntimeError(
                 f"the log-probabilities under policy version {self._requests.version} are not finite, so nothing can "
-                "be sampled; look at the last update for a diverged loss or an overflow of the dtype, and push finite "
-                "weights to go on"
+                f"be sampled; {REMEDY}"
             )
         self._check_progress(bool(outputs), time.monotonic() - began)
         return completions

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spo_lightning.rollouts.open_request import OpenRequest
+from spo_lightning.rollouts.request_checks import ids_to_abort
 from spo_lightning.types import Completion, FinishReason, RolloutRequest
 
 TEMPERATURES = 0.01, 2.0
@@ -16,18 +17,13 @@ class VLLMRequests:
 
     ``llm`` is the ``vllm.LLMEngine`` throughout.
 
-    Args:
-        eos_token_ids: tokens that end a completion.
-
     Attributes:
         version: of the weights that sample; recorded with every token.
     """
 
-    def __init__(self, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self) -> None:
         self.version = 0
-        self._eos_token_ids = eos_token_ids
         self._open: dict[int, OpenRequest] = {}
-        self._waiting: list[OpenRequest] = []
         self._held: dict[str, OpenRequest] = {}  # by vLLM's name; a request that goes in again gets a new one
         self._next_name = 0
 
@@ -40,26 +36,25 @@ class VLLMRequests:
     def add(self, row: OpenRequest) -> None:
         """Open a request; it waits."""
         self._open[row.request.request_id] = row
-        self._waiting.append(row)
 
     def enter(self, llm: Any) -> None:
         """Hand the waiting requests to vLLM, each with the tokens it has as part of its prompt."""
-        for row in self._waiting:
+        if len(self._held) == len(self._open):
+            return
+        held = set(self._held.values())
+        for row in [row for row in self._open.values() if row not in held]:
             name = str(self._next_name)
             self._next_name += 1
-            llm.add_request(name, {"prompt_token_ids": row.prefix}, sampling_params(row, self._eos_token_ids))
+            llm.add_request(name, {"prompt_token_ids": row.prefix}, sampling_params(row))
             self._held[name] = row
-        self._waiting = []
 
     def leave(self, llm: Any) -> None:
         """Take all requests out of vLLM; they wait to go in again."""
         self._withdraw(llm, list(self._held))
-        self._waiting = list(self._open.values())
 
     def give_up(self) -> None:
         """Forget that a vLLM that has failed holds requests."""
         self._held.clear()
-        self._waiting = list(self._open.values())
 
     def abort(self, llm: Any, request_ids: Iterable[int]) -> list[Completion]:
         """Close requests and return, in the order given, what they have so far.
@@ -67,12 +62,7 @@ class VLLMRequests:
         Raises:
             KeyError: an id is not open; nothing is closed then.
         """
-        ids = list(dict.fromkeys(request_ids))
-        unknown = [i for i in ids if i not in self._open]
-        if unknown:
-            raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
-        rows = [self._open.pop(i) for i in ids]
-        self._waiting = [row for row in self._waiting if row.request.request_id in self._open]
+        rows = [self._open.pop(i) for i in ids_to_abort(request_ids, self._open)]
         self._withdraw(llm, [name for name, row in self._held.items() if row.request.request_id not in self._open])
         return [row.completion("aborted") for row in rows]
 
@@ -113,7 +103,7 @@ class VLLMRequests:
     def _extend(self, row: OpenRequest, sampled: Any) -> FinishReason | None:
         """Append the tokens of one output up to the one that ends the completion."""
         for token, logprob in zip(sampled.token_ids, sampled.logprobs.logprobs, strict=True):
-            reason = row.append(token, logprob, self.version, self._eos_token_ids)
+            reason = row.append(token, logprob, self.version)
             if reason is not None:
                 return reason
         return None
@@ -145,7 +135,7 @@ def check_temperatures(requests: Sequence[RolloutRequest]) -> None:
         )
 
 
-def sampling_params(row: OpenRequest, eos_token_ids: frozenset[int]) -> Any:
+def sampling_params(row: OpenRequest) -> Any:
     """The ``vllm.SamplingParams`` of what is left to sample of a request.
 
     The seed follows from the request's and the number of tokens sampled so far, so that it does not matter why the
@@ -161,7 +151,7 @@ def sampling_params(row: OpenRequest, eos_token_ids: frozenset[int]) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         seed=row.part_seed,
-        stop_token_ids=sorted(eos_token_ids),
+        stop_token_ids=sorted(row.eos_token_ids),
         ignore_eos=True,  # the context says which tokens end a completion, not the checkpoint
         logprobs=0,  # of the sampled token only
         flat_logprobs=True,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from spo_lightning.protocols import EngineContext, RolloutEngine
-from spo_lightning.rollouts.request_checks import check_requests
-from spo_lightning.rollouts.server_requests import RequestFormat
+from spo_lightning.rollouts.open_request import OpenRequest
+from spo_lightning.rollouts.request_checks import check_requests, ids_to_abort
 from spo_lightning.rollouts.server_thread import LoopThread
 from spo_lightning.types import Completion, RolloutRequest
 
@@ -142,6 +142,7 @@ class VLLMServerEngine(RolloutEngine):
             raise RuntimeError("the engine is started already; start it once, or close() it first")
         self._run = uuid.uuid4().hex[:8] if context.rank == 0 else None
         self._transfer = self._weight_transfer(context)
+        self._context = context
         self._weights_fit = True
         self._pushes = 0
         self._transfer.claim()
@@ -164,7 +165,9 @@ class VLLMServerEngine(RolloutEngine):
         """
         thread = self._started()
         check_requests(requests, self._pool, self._limits.max_model_len, self._limits.vocab_size)
-        thread.call(self._pool.add, [self._format.open(request) for request in requests])
+        tokenizer, eos = self._context.tokenizer, self._context.eos_token_ids
+        rows = [OpenRequest(request, self._limits.max_model_len, tokenizer, eos) for request in requests]
+        thread.call(self._pool.add, rows)
 
     def step(self) -> list[Completion]:
         """Wait until completions have finished, at most 0.1 s; those that have, in the order of their requests.
@@ -188,11 +191,7 @@ class VLLMServerEngine(RolloutEngine):
             KeyError: an id is not open; nothing is stopped then.
         """
         thread = self._started()
-        ids = list(dict.fromkeys(request_ids))
-        unknown = [i for i in ids if i not in self._pool]
-        if unknown:
-            raise KeyError(f"requests {unknown} are not open; abort only what was submitted and not returned")
-        return thread.call(self._pool.remove, ids)
+        return thread.call(self._pool.remove, ids_to_abort(request_ids, self._pool))
 
     def partials(self) -> list[Completion]:
         """What every open request has so far, in the order they were submitted; they stay open.
@@ -318,11 +317,8 @@ class VLLMServerEngine(RolloutEngine):
             await session.close()
             raise
         self._limits = Limits(min(one.max_model_len for one in limits), min(one.vocab_size for one in limits))
-        self._format = RequestFormat(context.tokenizer, frozenset(context.eos_token_ids), self._limits.max_model_len)
         self._session: aiohttp.ClientSession = session
-        self._pool: ServerPool = ServerPool(
-            servers, check, self._format, self.max_requests_per_server, self.probe_interval_s
-        )
+        self._pool: ServerPool = ServerPool(servers, check, self.max_requests_per_server, self.probe_interval_s)
 
     async def _disconnect(self) -> None:
         try:

@@ -240,7 +240,7 @@ def test_no_random_number_is_drawn_twice_in_a_completion(fresh: Policy) -> None:
     seeds = set()
     while fresh.engine.num_open:
         [row] = fresh.engine._requests._open.values()
-        seeds.add(sampling_params(row, frozenset()).seed)
+        seeds.add(sampling_params(row).seed)
         fresh.engine.step()
     assert len(seeds) == 24
 
