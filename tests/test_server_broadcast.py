@@ -28,7 +28,7 @@ from spo_lightning.rollouts.server_client import ServerClient, ServerRefused, Se
 from spo_lightning.rollouts.server_pool import ServerPool
 from spo_lightning.rollouts.server_state import Server, Target
 from spo_lightning.rollouts.server_thread import LoopThread
-from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout
+from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightLink
 from spo_lightning.rollouts.vllm_server import VLLMServerEngine
 from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, _nccl, address_towards
 
@@ -231,7 +231,7 @@ def test_a_server_that_cannot_reach_the_trainer_says_why_before_it_is_paused(tra
             assert server.calls == []
             with pytest.raises(ConfigError, match=f"weights cannot be sent to the server {server.url}: cannot join"):
                 await connect(client, link)
-            await connect(client, None)  # a rank that does not push
+            await connect(client, WeightLink())  # a rank that does not push
 
     asyncio.run(run())
 

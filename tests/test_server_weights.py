@@ -29,7 +29,7 @@ from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import request_body
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
 from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
-from spo_lightning.rollouts.weights import PushCheck
+from spo_lightning.rollouts.weights import fitting
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
 from spo_lightning.unloaded import unloaded_model
@@ -131,13 +131,14 @@ def test_whole_numbers_are_kept_as_such(model, tmp_path: Path, monkeypatch: pyte
 
 def test_all_that_is_wrong_with_a_push_is_said() -> None:
     first = {"a": "a", "b": "b", "again": "b", "c": "c", "d": "d", "tied": "d"}
-    check = PushCheck("it", first, dict.fromkeys("abcd", (1,)), lambda name, value: (name, float(value)) == ("b", 2.0))
-    pushed = [("a", 1), ("a", 1), ("b", 2), ("again", 3), ("x", 4)]
-    taken = [check.takes(name, torch.full((1,), value)) for name, value in pushed]
-    assert taken == [True, False, True, False, False]
-    assert [check.takes(name, torch.zeros(2)) for name in ("d", "tied")] == [False, False]
+    pushed = [(name, torch.full((1,), value)) for name, value in (("a", 1), ("a", 1), ("b", 2), ("again", 3), ("x", 4))]
+    pushed += [(name, torch.zeros(2)) for name in ("d", "tied")]
+    taken = fitting(
+        pushed, "it", first, dict.fromkeys("abcd", (1,)), lambda name, value: (name, float(value)) == ("b", 2.0)
+    )
+    assert [(name, int(next_value)) for name, next_value in (next(taken), next(taken))] == [("a", 1), ("b", 2)]
     with pytest.raises(ValueError) as error:
-        check.finish()
+        next(taken)
     problems = [
         *("a comes twice", "again differs from b, to which the model ties it", "x is unknown"),
         *("d has shape (2,), the model's is (1,)", "tied has shape (2,), the model's is (1,)", "c is missing"),

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +26,6 @@ from spo_lightning.rollouts.server_weights import (
     WeightLink,
     WeightSink,
     WeightTransfer,
-    read_to_its_end,
 )
 from spo_lightning.rollouts.weight_group import GroupInfo, TransferLost, WeightGroup, address_towards
 
@@ -101,14 +100,11 @@ class BroadcastTransfer(WeightTransfer):
         """A way that broadcasts to the server's workers."""
         return BroadcastLink(self, number)
 
-    @torch.no_grad()
-    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
-        """Copy one set to memory that no other set has; see ``WeightTransfer.write``."""
-        stream = iter(named_parameters)
-        with read_to_its_end(stream):
-            if not self._free:
-                self._free.append(self._memory())
-            self._copy(stream, _MemorySink(self._free[-1], self.layout))
+    def _keep(self, stream: Iterator[tuple[str, Tensor]], name: str) -> PushedWeights:
+        """Copy one set to memory that no other set has."""
+        if not self._free:
+            self._free.append(self._memory())
+        self._copy(stream, _MemorySink(self._free[-1], self.layout))
         weights = PushedWeights(data=self._free.pop())
         self._kept.add(weights)
         return weights

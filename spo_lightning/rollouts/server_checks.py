@@ -130,14 +130,12 @@ class ServerCheck:
             await asyncio.sleep(RETRY_INTERVAL)
 
 
-async def connect(client: ServerClient, link: WeightLink | None) -> None:
+async def connect(client: ServerClient, link: WeightLink) -> None:
     """Make sure at the start of a run that weights can be sent to a server.
 
     Raises:
         ConfigError: they cannot.
     """
-    if link is None:
-        return
     try:
         await link.connect(client)
     except (ServerRefused, ServerUnavailable) as error:

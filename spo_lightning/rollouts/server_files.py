@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,6 @@ from spo_lightning.rollouts.server_weights import (
     WeightLink,
     WeightSink,
     WeightTransfer,
-    read_to_its_end,
 )
 
 log = logging.getLogger(__name__)
@@ -79,22 +78,19 @@ class FileTransfer(WeightTransfer):
         """A way that tells the server the file's path."""
         return FileLink()
 
-    @torch.no_grad()
-    def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights:
-        """Write one set, one tensor in memory at a time; see ``WeightTransfer.write``. No file is left of a bad one."""
-        stream = iter(named_parameters)
+    def _keep(self, stream: Iterator[tuple[str, Tensor]], name: str) -> PushedWeights:
+        """Write one set, one tensor in memory at a time. No file is left of a bad one."""
         path = self._folder / f"weights-{name}.safetensors"
         unfinished = path.with_name(f"weights-{name}-unfinished.safetensors")
         try:
-            with read_to_its_end(stream):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with unfinished.open("w+b") as file:
-                    file.write(self._header)
-                    self._copy(stream, _FileSink(file, self.layout, len(self._header)))
-                    file.truncate(self._size)
-                    file.flush()
-                    os.fsync(file.fileno())
-                return PushedWeights(path=unfinished.replace(path))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("w+b") as file:
+                file.write(self._header)
+                self._copy(stream, _FileSink(file, self.layout, len(self._header)))
+                file.truncate(self._size)
+                file.flush()
+                os.fsync(file.fileno())
+            return PushedWeights(path=unfinished.replace(path))
         except OSError as error:
             raise RuntimeError(
                 f"cannot write {self._size} bytes of weights to weights_folder {self._folder}: {error}. It must be "
@@ -112,15 +108,9 @@ class FileTransfer(WeightTransfer):
 class FileLink(WeightLink):
     """Tells a server the path of the file."""
 
-    async def connect(self, client: ServerClient) -> None:
-        """Nothing: a path is all that it needs."""
-
     async def send(self, client: ServerClient, weights: PushedWeights) -> None:
         """Have the server load the file."""
         await client.update_weights({"path": str(weights.path)})
-
-    def drop(self) -> None:
-        """Nothing: it knows nothing of the server."""
 
 
 class _FileSink(WeightSink):

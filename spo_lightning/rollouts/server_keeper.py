@@ -54,7 +54,7 @@ class Keeper:
         server.held, server.cause, server.answers, server.proven = None, cause, False, False
         server.suspects.clear()
         server.cancel()
-        server.forget()
+        server.link.drop()
 
     async def _look_after(self, server: Server, target: Target) -> list[tuple[Job, str]]:
         """Push the weights where they are missing; the jobs that failed before this and cannot blame the server."""
@@ -81,7 +81,6 @@ class Keeper:
             return held
         await self._check(server.client)
         if target.weights is not None and target.held is not None and held != target.held:
-            assert server.link is not None
             server.loading = target.weights
             try:
                 await server.client.load(target.weights, target.held, server.link)

@@ -194,7 +194,7 @@ class ServerPool:
         for keeper in self._keepers:
             keeper.cancel()
         for server in self._servers:
-            server.forget()
+            server.link.drop()
         streams = [task for server in self._servers for task in server.streams.values()]
         await asyncio.gather(*self._keepers, *streams, return_exceptions=True)
 

@@ -89,7 +89,7 @@ class Server:
 
     Attributes:
         client: talks to it.
-        link: how weights get there; ``None`` on ranks that do not push.
+        link: how weights get there.
         held: what it was seen to hold when it became usable; ``None`` while it is not usable.
         cause: why it is not usable.
         logged: the cause that was logged last, since it was last usable.
@@ -106,7 +106,7 @@ class Server:
     """
 
     client: ServerClient
-    link: WeightLink | None = None
+    link: WeightLink
     held: str | None = None
     cause: str = "was not asked yet"
     logged: str = ""
@@ -120,11 +120,6 @@ class Server:
     streams: dict[Job, asyncio.Task[None]] = field(default_factory=dict)
     suspects: list[tuple[Job, str]] = field(default_factory=list)
     nudge: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def forget(self) -> None:
-        """Leave what weights are sent over; the server may have been replaced, or is needed no more."""
-        if self.link is not None:
-            self.link.drop()
 
     def cancel(self) -> None:
         """End all its streams but the one that calls this."""

@@ -10,10 +10,8 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from transformers import AutoConfig
 
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
 from spo_lightning.rollouts.server_client import ServerClient
-from spo_lightning.rollouts.weights import PushCheck
+from spo_lightning.rollouts.weights import fitting
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -93,24 +91,22 @@ class PushedWeights:
     data: Tensor | None = None
 
 
-class WeightLink(ABC):
-    """The way to one server."""
+class WeightLink:
+    """The way to one server, of a rank that does not push; subclasses are those of rank 0."""
 
-    @abstractmethod
     async def connect(self, client: ServerClient) -> None:
         """Do what can be done before the server is paused."""
 
-    @abstractmethod
     async def send(self, client: ServerClient, weights: PushedWeights) -> None:
         """Give weights to a paused server whose update has begun.
 
         Raises:
             ServerUnavailable: they did not arrive.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def drop(self) -> None:
-        """Forget the server; it may have been replaced."""
+        """Leave what weights are sent over; the server may have been replaced, or is needed no more."""
 
 
 class WeightTransfer:
@@ -133,9 +129,9 @@ class WeightTransfer:
     def release(self) -> None:
         """Give it back."""
 
-    def link(self, number: int) -> WeightLink | None:
-        """The way to the server of this number; ``None`` where nothing is pushed."""
-        return None
+    def link(self, number: int) -> WeightLink:
+        """The way to the server of this number."""
+        return WeightLink()
 
     @torch.no_grad()
     def write(self, named_parameters: Iterable[tuple[str, Tensor]], name: str) -> PushedWeights | None:
@@ -153,31 +149,29 @@ class WeightTransfer:
                 with two values; lists all of them. Nothing is kept then.
             RuntimeError: the set cannot be kept; the same.
         """
-        self._copy(named_parameters, None)
-        return None
+        stream = iter(named_parameters)
+        try:
+            return self._keep(stream, name)
+        except Exception:
+            deque(stream, maxlen=0)
+            raise
 
     def remove(self, kept: Iterable[PushedWeights] = ()) -> None:
         """Let go of all sets but some."""
 
+    def _keep(self, stream: Iterator[tuple[str, Tensor]], name: str) -> PushedWeights | None:
+        """What ``write`` does, but for reading on after an error."""
+        self._copy(stream, None)
+        return None
+
     def _copy(self, stream: Iterable[tuple[str, Tensor]], sink: WeightSink | None) -> None:
         expected = self.layout.parameters
 
-        def holds(first: str, value: Tensor) -> bool:
-            return sink is None or all(sink.holds(*part) for part in expected.saved_form(first, value).items())
+        def holds(name: str, value: Tensor) -> bool:
+            return sink is None or all(sink.holds(*part) for part in expected.saved_form(name, value).items())
 
-        check = PushCheck(f"the servers' {expected.model_name}", expected.first, expected.shapes, holds)
-        for name, value in stream:
-            if check.takes(name, value) and sink is not None:
-                for part in expected.saved_form(expected.first[name], value).items():
+        model = f"the servers' {expected.model_name}"
+        for name, value in fitting(stream, model, expected.first, expected.shapes, holds):
+            if sink is not None:
+                for part in expected.saved_form(name, value).items():
                     sink.put(*part)
-        check.finish()
-
-
-@contextmanager
-def read_to_its_end(stream: Iterator[Any]) -> Iterator[None]:
-    """Whatever goes wrong with what a stream yields, read on: producing it may run collectives."""
-    try:
-        yield
-    except Exception:
-        deque(stream, maxlen=0)
-        raise

@@ -313,7 +313,7 @@ class VLLMServerEngine(RolloutEngine):
             await asyncio.gather(*(connect(server.client, server.link) for server in servers))
         except BaseException:
             for server in servers:
-                server.forget()
+                server.link.drop()
             await session.close()
             raise
         self._limits = Limits(min(one.max_model_len for one in limits), min(one.vocab_size for one in limits))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spo_lightning.rollouts.policy_parameters import PolicyParameters
-from spo_lightning.rollouts.weights import PushCheck
+from spo_lightning.rollouts.weights import fitting
 
 
 class CheckedStream:
@@ -28,21 +28,19 @@ class CheckedStream:
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
-        self._source = iter(named_parameters)
         self._expected = expected
         self._tied_names = {first for name, first in expected.first.items() if first != name}
         self._tied: dict[str, Tensor] = {}
-        self._check = PushCheck(f"the engine's {expected.model_name}", expected.first, expected.shapes, self._holds)
+        model = f"the engine's {expected.model_name}"
+        self._fitting = fitting(named_parameters, model, expected.first, expected.shapes, self._holds)
         self._failure: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         try:
-            for name, value in self._source:
-                if self._check.takes(name, value):
-                    first = self._expected.first[name]
-                    if first in self._tied_names:
-                        self._tied[first] = value
-                    yield from self._expected.saved_form(first, value).items()
+            for name, value in self._fitting:
+                if name in self._tied_names:
+                    self._tied[name] = value
+                yield from self._expected.saved_form(name, value).items()
         except Exception as error:  # kept from vLLM, whose half-done reload would spoil the next one; see ``check``
             self._failure = error
 
@@ -55,15 +53,14 @@ class CheckedStream:
         """Report what was wrong, once the stream has ended.
 
         Raises:
-            ValueError: see ``PushCheck.finish``.
+            ValueError: see ``fitting``.
             Exception: whatever the producer raised.
         """
         if self._failure is not None:
             raise self._failure
-        self._check.finish()
 
-    def _holds(self, first: str, value: Tensor) -> bool:
-        return torch.equal(self._tied[first], value)
+    def _holds(self, name: str, value: Tensor) -> bool:
+        return torch.equal(self._tied[name], value)
 
 
 @torch.no_grad()
