@@ -128,7 +128,7 @@ def fill_batches(engine: RolloutEngine, row: Row, size: int, batches: int, warm_
         wanted = int(size * row.oversampling) - len(batch_collector.open)
         batch = draw(iteration, wanted, row.copies, size, generator)
         start = time.perf_counter()
-        collected = batch_collector.collect(batch, collector)
+        collected = batch_collector.collect(batch.tasks, batch.size, batch.iteration, collector)
         if iteration >= warm_up:
             seconds.append(time.perf_counter() - start)
             tokens += sum(rollout.completion.num_sampled for rollout in collected.rollouts)

@@ -113,10 +113,10 @@ class Generation:
         if self._dynamic:
             collected = collect_informative(
                 batch,
-                lambda tasks: self._batches.collect_tasks(tasks, len(tasks), batch.iteration, self.collector),
+                lambda tasks: self._batches.collect(tasks, len(tasks), batch.iteration, self.collector),
             )
         else:
-            collected = self._batches.collect(batch, self.collector)
+            collected = self._batches.collect(batch.tasks, batch.size, batch.iteration, self.collector)
         self.sleep()
         return collected
 

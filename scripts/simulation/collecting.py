@@ -162,7 +162,8 @@ def collect_batches(setting: Setting, iterations: int, seed: int) -> tuple[list[
     for version in range(iterations):
         engine.update_weights((), version)
         began, known = engine.clock, len(engine.drawn)
-        batch = batches.collect(_draw(setting, version, len(batches.open)), requests)
+        drawn = _draw(setting, version, len(batches.open))
+        batch = batches.collect(drawn.tasks, drawn.size, version, requests)
         collected.append(
             Batch(
                 engine.clock - began,

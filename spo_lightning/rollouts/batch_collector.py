@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from spo_lightning.rollouts.collector import Rollout, RolloutCollector
 from spo_lightning.rollouts.open_state import pack, unpack
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.stages import StageTimer
-from spo_lightning.types import Completion, Prompt, PromptBatch, RolloutTask, SamplingParams
+from spo_lightning.types import Completion, Prompt, RolloutTask, SamplingParams
 
 Key = tuple[int, int]
 
@@ -95,17 +96,9 @@ class BatchCollector:
         self.stages = stages
         self.open: dict[Key, OpenRollout] = {}
         self._requests: dict[int, OpenRollout] = {}
+        self._places = itertools.count(1)
 
-    def collect(self, batch: PromptBatch, collector: RolloutCollector) -> CollectedBatch:
-        """Begin the batch's prompts, wait until enough rollouts have finished, and grade those.
-
-        Args:
-            batch: what is new; all engines hold the weights of version ``batch.iteration``.
-            collector: of this rank's engine.
-        """
-        return self.collect_tasks(batch.tasks, batch.size, batch.iteration, collector)
-
-    def collect_tasks(
+    def collect(
         self, tasks: Sequence[RolloutTask], size: int, version: int, collector: RolloutCollector
     ) -> CollectedBatch:
         """Begin some tasks, wait until enough rollouts have finished, and grade those.
@@ -203,30 +196,27 @@ class BatchCollector:
         self._requests |= dict(zip(ids, waiting, strict=True))
         if works_already:
             collector.step()
-            self._take_finished(collector, 0)
+            self._take_finished(collector)
         return sum(rollout.finished for unit in mine for rollout in unit)
 
     def _wait(self, mine: list[Unit], size: int, collector: RolloutCollector) -> list[Unit]:
         """Advance the engine until this rank's part of the batch is full."""
-        count = sum(rollout.finished for unit in mine for rollout in unit)
         while (taken := full_batch(mine, size, self.settings.take)) is None:
             collector.step()
-            count = self._take_finished(collector, count)
+            self._take_finished(collector)
         if collector.engine.runs_in_background:
             self._note_progress(collector)
         else:
             self._abort(list(self._requests), collector)
         return taken
 
-    def _take_finished(self, collector: RolloutCollector, count: int) -> int:
+    def _take_finished(self, collector: RolloutCollector) -> None:
         for request_id, completion in collector.take(self._requests).items():
-            count += 1
             rollout = self._requests.pop(request_id)
-            rollout.completion, rollout.finished_at = completion, count
-        return count
+            rollout.completion, rollout.finished_at = completion, next(self._places)
 
     def _note_progress(self, collector: RolloutCollector) -> None:
-        self._take_finished(collector, 0)
+        self._take_finished(collector)
         for partial in collector.engine.partials():
             if partial.request_id in self._requests:
                 self._requests[partial.request_id].completion = partial

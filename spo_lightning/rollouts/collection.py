@@ -53,7 +53,7 @@ class OpenRollout:
     Attributes:
         task: what was asked.
         completion: as far as it is known, ``finish_reason`` "aborted" unless it is finished; ``None`` before it began.
-        finished_at: its place among those that finished on its rank since the last batch; 0 when it did before that.
+        finished_at: its place in the order in which they finished on its rank; 0 when it did before the last batch.
     """
 
     task: RolloutTask
