@@ -538,3 +538,16 @@ def test_an_engine_pushes_a_version_twice_sends_its_key_and_keeps_its_folder(tmp
             engine.close()
         thread.run(server.stop())
         thread.stop()
+
+
+def test_a_start_that_fails_gives_the_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError("stale file handle")
+
+    make_model(tmp_path / "policy")
+    monkeypatch.setattr("shutil.disk_usage", fail)
+    context = EngineContext(str(tmp_path / "policy"), TOKENIZER, "cpu", "float32", (1,))
+    engines = [VLLMServerEngine(["http://127.0.0.1:1"], str(tmp_path / "weights")) for _ in range(2)]
+    for engine in engines:
+        with pytest.raises(OSError, match="stale file handle"):
+            engine.start(context)

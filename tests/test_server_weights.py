@@ -366,9 +366,10 @@ def test_a_folder_without_room_for_two_files_is_refused_at_the_start(model, tmp_
     settings["vocab_size"] = 2**40  # 32 channels of 4 bytes: 128 TiB
     (tmp_path / "policy" / "config.json").write_text(json.dumps(settings))
     files = FileTransfer(layout_of(tmp_path), tmp_path / "weights")
-    for _ in range(2):  # the lock is given back
+    for _ in range(2):
         with pytest.raises(RuntimeError, match="bytes free; it must have room for two files of [0-9]{15} bytes"):
             files.claim()
+        files.release()  # gives the lock back
 
 
 @pytest.fixture

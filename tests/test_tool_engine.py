@@ -370,6 +370,20 @@ def test_ids_and_life_are_those_of_an_engine(policy: tuple[str, PreTrainedModel]
     assert (tool.started, engine.num_open) == (0, 0)
 
 
+def test_tools_are_closed_also_when_the_engine_fails_to(
+    policy: tuple[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    tool = Count()
+    engine = started(policy, use(tool))
+    monkeypatch.setattr(engine.engine, "close", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.close()
+    assert tool.started == 0
+
+
 class Background(TransformersEngine):
     """Stands in for servers: it is stepped by the loop's own thread."""
 

@@ -60,16 +60,15 @@ class FileTransfer(WeightTransfer):
         self.remove()
         free = shutil.disk_usage(self._folder).free
         if free < 2 * self._size:
-            self.release()
             raise RuntimeError(
                 f"weights_folder {self._folder} has {free} bytes free; it must have room for two files of {self._size} "
                 "bytes. Free some, take another folder, or halve them by weights_dtype bfloat16"
             )
 
     def release(self) -> None:
-        """Delete all weight files, and let other runs have the folder."""
-        self.remove()
+        """Delete all weight files, and let other runs have the folder, if this one has it."""
         if self._lock is not None:
+            self.remove()
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing would not do: forked processes have the file open too
             self._lock.close()
             self._lock = None

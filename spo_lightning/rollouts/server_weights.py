@@ -127,7 +127,7 @@ class WeightTransfer:
         """
 
     def release(self) -> None:
-        """Give it back."""
+        """Give back what was taken, all of it or a part."""
 
     def link(self, number: int) -> WeightLink:
         """The way to the server of this number."""

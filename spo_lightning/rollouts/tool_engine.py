@@ -202,8 +202,10 @@ class ToolEngine(RolloutEngine):
         self._open.clear()
         self._ready.clear()
         self._thread = self._failure = None
-        self.engine.close()
-        self.use.close()
+        try:
+            self.engine.close()
+        finally:
+            self.use.close()
 
     def _run_in_background(self) -> None:
         """Take calls from the inner engine, and results to it, while nobody steps; in a thread of its own."""

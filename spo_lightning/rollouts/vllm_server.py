@@ -145,9 +145,9 @@ class VLLMServerEngine(RolloutEngine):
         self._context = context
         self._weights_fit = True
         self._pushes = 0
-        self._transfer.claim()
         with contextlib.ExitStack() as undo:
             undo.callback(self._transfer.release)
+            self._transfer.claim()
             thread = LoopThread("vllm-servers")
             undo.callback(thread.stop)
             thread.run(self._connect(context))
