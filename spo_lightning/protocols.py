@@ -76,8 +76,10 @@ class RolloutEngine(ABC):
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Queue requests, each to go on from its partial completion if it has one.
 
-        Raises ValueError, queueing none, on an open id, an empty prompt, one that does not fit, or a partial completion
-        that has ended already.
+        Raises:
+            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
+                leaves no room for a token, a seed is negative, or a partial completion is of another prompt or has
+                ended; lists every problem. Nothing is queued then.
         """
 
     @abstractmethod
@@ -86,7 +88,11 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
-        """Stop open requests; return what they have so far, ``finish_reason`` "aborted". KeyError on an unknown id."""
+        """Stop open requests; return, in the order given, what they have so far, ``finish_reason`` "aborted".
+
+        Raises:
+            KeyError: an id is not open; nothing is stopped then.
+        """
 
     @abstractmethod
     def partials(self) -> list[Completion]:
@@ -112,11 +118,15 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy new weights in, streamed one full parameter at a time under the policy's names; saved buffers too.
+        """Copy new weights in. Open requests keep their tokens and go on, with nothing cached from the old weights.
 
-        Open requests go on under the new weights, with nothing cached from the old ones. Raises ValueError when the
-        names do not cover the engine's parameters or a shape differs; the engine then refuses to step until a push
-        succeeds.
+        Args:
+            named_parameters: (name, full tensor) pairs, parameters and saved buffers, streamed one at a time under the
+                policy's names; a tied one needs one name only.
+            version: recorded with every token that these weights sample.
+
+        Raises:
+            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
         """
 
     @abstractmethod

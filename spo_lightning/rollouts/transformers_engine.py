@@ -115,13 +115,7 @@ class TransformersEngine(RolloutEngine):
         self._batch = RunningBatch(self._model, self._device, context.known_tokens, self.max_prefill_tokens)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Queue requests; nothing is computed before ``step``.
-
-        Raises:
-            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
-                leaves no room for a token, a seed is negative, or a partial completion is of another prompt or has
-                ended; lists every problem. Nothing is queued then.
-        """
+        """Queue requests; nothing is computed before ``step``."""
         self._started()
         check_requests(requests, self._open, self._max_model_len, self._embedded_tokens)
         for request in requests:
@@ -153,11 +147,7 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
-        """Stop open requests and return, in the order given, what they have so far.
-
-        Raises:
-            KeyError: an id is not open; nothing is stopped then.
-        """
+        """Stop open requests."""
         batch = self._started()
         aborted = [self._open.pop(i) for i in ids_to_abort(request_ids, self._open)]
         running = [i for i, row in enumerate(batch.rows) if row.request.request_id not in self._open]
@@ -166,7 +156,7 @@ class TransformersEngine(RolloutEngine):
         return [row.completion("aborted") for row in aborted]
 
     def partials(self) -> list[Completion]:
-        """What every open request has so far, in the order they were submitted; they stay open."""
+        """What every open request has so far."""
         return [row.completion("aborted") for row in self._open.values()]
 
     @property
@@ -182,15 +172,7 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode(False)
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy new weights in. Open requests keep their tokens and go on under the new weights.
-
-        Args:
-            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
-            version: recorded with every token that these weights sample.
-
-        Raises:
-            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
-        """
+        """Copy new weights in."""
         batch = self._started()
         self._weights_fit = False
         batch.clear()

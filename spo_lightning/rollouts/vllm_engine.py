@@ -135,13 +135,7 @@ class VLLMEngine(RolloutEngine):
             self._process.llm.apply_model(partial(hide_tokens, first=context.known_tokens))
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Queue requests; nothing is computed before ``step``.
-
-        Raises:
-            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
-                leaves no room for a token, a seed is negative, a partial completion is of another prompt or has ended,
-                or a temperature is not one of vLLM's; lists every problem. Nothing is queued then.
-        """
+        """Queue requests; nothing is computed before ``step``. ValueError also on a temperature that vLLM changes."""
         self._started()
         check_requests(requests, self._requests, self._max_model_len, self._parameters.num_embeddings)
         check_temperatures(requests)
@@ -183,16 +177,12 @@ class VLLMEngine(RolloutEngine):
         return completions
 
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
-        """Stop open requests and return, in the order given, what they have so far.
-
-        Raises:
-            KeyError: an id is not open; nothing is stopped then.
-        """
+        """Stop open requests."""
         process = self._started()
         return self._requests.abort(process.llm, request_ids)
 
     def partials(self) -> list[Completion]:
-        """What every open request has so far, in the order they were submitted; they stay open."""
+        """What every open request has so far."""
         return self._requests.partials()
 
     @property
@@ -208,14 +198,10 @@ class VLLMEngine(RolloutEngine):
 
     @torch.inference_mode(False)
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy new weights in. Open requests keep their tokens and go on under the new weights.
-
-        Args:
-            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
-            version: recorded with every token that these weights sample.
+        """Copy new weights in.
 
         Raises:
-            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
+            ValueError: see ``RolloutEngine.update_weights``.
             RuntimeError: vLLM failed before, or cannot drop its prefix cache.
         """
         from spo_lightning.rollouts.vllm_weights import CheckedStream, push_parameters

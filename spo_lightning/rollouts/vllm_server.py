@@ -156,13 +156,7 @@ class VLLMServerEngine(RolloutEngine):
         self._thread = thread
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Queue requests, and send them as far as the servers have room.
-
-        Raises:
-            ValueError: an id is open already or comes twice, a prompt is empty, holds an id outside the vocabulary or
-                leaves no room for a token, a seed is negative, or a partial completion is of another prompt or has
-                ended; lists every problem. Nothing is queued then.
-        """
+        """Queue requests, and send them as far as the servers have room."""
         thread = self._started()
         check_requests(requests, self._pool, self._limits.max_model_len, self._limits.vocab_size)
         tokenizer, eos = self._context.tokenizer, self._context.eos_token_ids
@@ -183,21 +177,12 @@ class VLLMServerEngine(RolloutEngine):
         return thread.run(self._pool.take(STEP_SECONDS, self.give_up_after_s))
 
     def abort(self, request_ids: Iterable[int]) -> list[Completion]:
-        """Stop open requests and return, in the order given, what they have so far.
-
-        One that has finished since the last ``step`` keeps its real ``finish_reason``.
-
-        Raises:
-            KeyError: an id is not open; nothing is stopped then.
-        """
+        """Stop open requests; one that has finished since the last ``step`` keeps its real ``finish_reason``."""
         thread = self._started()
         return thread.call(self._pool.remove, ids_to_abort(request_ids, self._pool))
 
     def partials(self) -> list[Completion]:
-        """What every open request has so far, in the order they were submitted; they stay open.
-
-        One that has finished since the last ``step`` has its real ``finish_reason``.
-        """
+        """What every open request has so far; one finished since the last ``step`` with its real ``finish_reason``."""
         return self._started().call(self._pool.partials)
 
     @property
@@ -221,18 +206,14 @@ class VLLMServerEngine(RolloutEngine):
         return self._started().call(self._pool.take_idle_seconds)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the servers new weights. Open requests keep their tokens and go on under the new weights.
+        """Give the servers new weights.
 
         Rank 0 copies the weights, to memory or to a file, while the servers still sample, and returns when at least one
         server holds them and every other one that answered before holds them or has failed. The other ranks read the
         parameters and return; they send requests to a server once it holds this version.
 
-        Args:
-            named_parameters: (name, full tensor) pairs, parameters and saved buffers; a tied one needs one name only.
-            version: recorded with every token that these weights sample.
-
         Raises:
-            ValueError: the parameters do not fit; ``step`` is then refused until a push succeeds.
+            ValueError: see ``RolloutEngine.update_weights``.
             RuntimeError: there is no room for the copy, or no server took them within ``give_up_after_s``; the same.
         """
         from spo_lightning.rollouts.server_state import Target
