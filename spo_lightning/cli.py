@@ -238,9 +238,10 @@ class SPOCLI(LightningCLI):
             state = read_state(path)
             if self.subcommand == "fit":
                 check_resume(self.model, self.datamodule, state)
-            run_id = state["spo"].get("mlflow_run") if required or self._is_of_this_folder(path) else None
-            for logger in self._mlflow_loggers:
-                logger.resume_from(self.trainer.default_root_dir, run_id)
+            run_id = state["spo"].get("mlflow_run")
+            if self._is_of_this_folder(path) or (required and run_id is not None):
+                for logger in self._mlflow_loggers:
+                    logger.resume_from(self.trainer.default_root_dir, run_id)
         self.config_init[self.subcommand]["ckpt_path"] = None if path is None else str(path)
 
     def _is_of_this_folder(self, checkpoint: Path) -> bool:

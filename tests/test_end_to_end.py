@@ -176,9 +176,11 @@ def test_a_checkpoint_goes_on_in_its_own_mlflow_run_whichever_came_after_it(unin
 def test_a_run_that_goes_on_elsewhere_is_a_run_of_its_own(uninterrupted, tmp_path):
     from mlflow.tracking import MlflowClient
 
+    spo(tmp_path, "fit", "--data.num_iterations=1", "--export_policy.at_end=false")
+    earlier = run_of(tmp_path)  # of the same folder, and none of the checkpoint's
     checkpoint = uninterrupted[0] / "run/checkpoints/iteration-000006.ckpt"
     spo(tmp_path, "fit", f"--ckpt_path={checkpoint}", "--trainer.logger.experiment_name=branch")
-    assert run_of(tmp_path) != run_of(uninterrupted[0])
+    assert run_of(tmp_path) not in (run_of(uninterrupted[0]), earlier)
     run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_of(tmp_path))
     assert run.info.status == "FINISHED" and not [name for name in run.data.params if name.startswith("resume_")]
 
