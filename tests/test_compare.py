@@ -455,6 +455,13 @@ def test_seeds_figure_has_a_panel_for_each_entrant(contest: Contest) -> None:
     assert [len(axes.lines) for axes in figure.axes] == [4, 4]  # three seeds and a mean; two, a mean, the reference
 
 
+def test_no_seeds_figure_where_no_entrants_seeds_share_a_range() -> None:
+    late = {"progress/completions": [5000.0, 6000.0]}
+    alone = make_contest([make_run("spo", 0), make_run("spo", 1, late, iterations=2)])
+    table = make_table(alone)
+    assert reward_figure(alone, table) is None and seeds_figure(alone, table) is None
+
+
 def test_entrants_look_different() -> None:
     names = [str(i) for i in range(20)]
     styles = looks(names)

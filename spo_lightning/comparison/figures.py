@@ -142,6 +142,8 @@ def seeds_figure(contest: Contest, table: Table) -> Figure | None:
     styles = looks(list(contest.entrants))
     smooth = partial(trailing_mean, window=_window(contest))
     bands = metric_bands(contest, REWARD, "completions", smooth)
+    if not bands:
+        return None
     figure, axes = panels(len(bands), 4, (3.3, 2.7), share_y=True)
     for panel, (name, band) in zip(axes, bands.items(), strict=True):
         for run in contest.entrants[name]:

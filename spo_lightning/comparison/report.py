@@ -36,7 +36,7 @@ PICTURES = (
         "Reward in training",
         "Mean reward of all completions of an iteration, also of those that dynamic sampling throws away. A curriculum "
         f"draws other prompts than a uniform draw: these curves show progress, validation shows who is ahead. {BANDS}",
-        "no run has reward/mean",
+        "no entrant's seeds share a range of completions",
         reward_figure,
     ),
     Picture(
@@ -77,7 +77,7 @@ PICTURES = (
         "seeds",
         "Reward, seed by seed",
         "Thin lines are seeds, the thick one is their mean, the dotted one is the reference's mean.",
-        "no run has reward/mean",
+        "no entrant's seeds share a range of completions",
         seeds_figure,
     ),
 )
