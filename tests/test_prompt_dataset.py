@@ -93,6 +93,8 @@ def test_byte_order_mark_and_blank_lines_are_no_rows(tmp_path, plain):
         assert load(tmp_path / name, plain).references == ["1", "2"]
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfprompt,answer\na,1\n\nb,2\n")
     assert load(tmp_path / "rows.csv", plain).references == ["1", "2"]
+    (tmp_path / "rows.csv").write_text(",prompt,answer\n0,a,1\n1,b,2\n")  # with its row numbers, as pandas writes it
+    assert load(tmp_path / "rows.csv", plain).references == ["1", "2"]
 
 
 def test_conversations_end_with_the_user(tmp_path, chat, plain):

@@ -239,11 +239,11 @@ def _keep(record: object, columns: Sequence[str], available: dict[str, None], wh
 def _read_csv(path: Path, columns: Sequence[str]) -> _Table:
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restkey="")  # a header cell may not be called ""
+        reader = csv.DictReader(file, strict=True)
         try:
             available = list(reader.fieldnames or [])
             for number, row in enumerate(reader, start=1):
-                if None in row.values() or row.get(""):
+                if None in row or None in row.values():  # more cells, or fewer
                     raise ValueError(
                         f"{path}, row {number} does not have {len(available)} cells like the header; quote cells with "
                         "commas"
