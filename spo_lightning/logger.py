@@ -138,7 +138,8 @@ class SPOMLFlowLogger(MLFlowLogger):
     @property
     def visits(self) -> bool:
         """Whether an earlier process made the run and this one only adds to it: a test of its checkpoint."""
-        return self._resumed is not None and not self._trains
+        self._start()
+        return self._run.visits
 
     def resume_from(self, path: str | Path, run_id: str | None = None) -> None:
         """Go on with the run that an earlier process made. To be called before the trainer starts.
@@ -229,7 +230,6 @@ class SPOMLFlowLogger(MLFlowLogger):
         The N-th resume's artifact is ``config_resume_N.yaml``. The checkpoint a process starts from is no parameter.
         Of a process that only adds to a run there is the artifact alone, ``config_test.yaml``.
         """
-        self._start()
         if self.visits:
             name = "config_test.yaml"
         else:
@@ -302,7 +302,7 @@ class SPOMLFlowLogger(MLFlowLogger):
             run_id=self._given_run_id or resumed["run_id"],
             may_be_missing=self._given_run_id is None,
             num_resumes=resumed["num_resumes"] + 1 if self._given_run_id or self._resumed else 0,
-            visits=self.visits,
+            visits=self._resumed is not None and not self._trains,
             staging=self._folder / UNSENT_FOLDER,
             on_open=self._write_run_file,
         )
@@ -341,7 +341,7 @@ class SPOMLFlowLogger(MLFlowLogger):
             ) from error
         if not reached:
             self._write_run_file()
-        elif self._run.num_resumes and not self.visits:
+        elif self._run.num_resumes and not self._run.visits:
             prefix = f"resume_{self._run.num_resumes}"
             self._put({"tags": {f"{prefix}/{name}": text for name, text in _provenance().items()}})
 

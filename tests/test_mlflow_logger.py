@@ -256,6 +256,18 @@ def test_a_visit_leaves_the_status_of_a_run(make: MakeLogger, tmp_path: Path) ->
     assert visit.experiment.get_run(visit.run_id).info.status == "FINISHED"
 
 
+def test_a_visit_of_a_run_that_is_gone_describes_the_new_one(make: MakeLogger, tmp_path: Path) -> None:
+    first = make()
+    first.experiment.delete_run(first.run_id)
+    visit = make()
+    visit.attach(tmp_path / "root", trains=False)
+    visit.resume_from(tmp_path / "root")
+    visit.log_config("a: 1\n")
+    assert not visit.visits
+    assert visit.experiment.get_run(visit.run_id).data.params == {"a": "1"}
+    assert [file.path for file in visit.experiment.list_artifacts(visit.run_id)] == ["config.yaml"]
+
+
 def test_a_test_between_leaves_the_parameters_of_the_next_resume_alone(make: MakeLogger, tmp_path: Path) -> None:
     """Both are the first to go on with the run, and MLflow refuses to change a parameter."""
     first = make()
