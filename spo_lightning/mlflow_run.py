@@ -247,6 +247,8 @@ class MlflowRun:
 
     def _send_artifact(self, artifact_file: str) -> None:
         local = self.staging / artifact_file
+        if not local.exists():
+            return  # kept twice, or sent by a process that was killed before it could say so
         folder = Path(artifact_file).parent
         self.client.log_artifact(self.run_id, str(local), None if folder == Path() else folder.as_posix())
         local.unlink()

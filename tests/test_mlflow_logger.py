@@ -462,6 +462,27 @@ def test_tables_are_replaced_and_listed_for_the_ui(make: MakeLogger) -> None:
     assert logger.unsent_folder is None
 
 
+def test_an_artifact_that_was_kept_twice_is_sent_once(make: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a run that was killed while the server was away, and then did the same iteration again."""
+    logger = make(retry_pause_s=0)
+    assert logger.run_id is not None
+    with monkeypatch.context() as away:
+        away.setattr(type(logger.experiment), "log_artifact", raises(ConnectionError("away")))
+        for text in ("first", "second"):
+            logger.log_file("figures/a.txt", lambda path, text=text: path.write_text(text))
+    logger.flush()
+    assert logger.unsent_folder is None  # nothing kept, nothing refused
+    local = logger.experiment.download_artifacts(logger.run_id, "figures/a.txt")
+    assert Path(local).read_text() == "second"
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def call(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return call
+
+
 def test_long_parameters_are_cut_at_mlflows_limit_only(make: MakeLogger) -> None:
     logger = make()
     logger.log_hyperparams({"long": "x" * 6000, "longer": "x" * 6001, **{f"p{i}": i for i in range(250)}})
