@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from spo_lightning.errors import ConfigError
+from spo_lightning.memory_layout import import_path
 from spo_lightning.memory_plan import GIB, EngineMemory
 from spo_lightning.rollouts.transformers_engine import TransformersEngine
 from spo_lightning.rollouts.vllm_engine import VLLMEngine
@@ -173,9 +172,3 @@ def requests_at_once(load: VLLMLoad, cache: float, token_bytes: float, max_token
     widths = [(name, min(width, load.max_tokens, max_tokens)) for name, width in load.longest]
     counts = [f"{min(load.rows, tokens // width)} {name} requests of {width:,}" for name, width in widths]
     return f"vLLM's cache holds at most {tokens:,} tokens: {', or '.join(counts)}, at once"
-
-
-def import_path(path: str) -> Any:
-    """The object of a ``class_path``."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)

@@ -46,6 +46,12 @@ def layout_of(trainer: Namespace) -> tuple[Layout, bool]:
     raise ConfigError(f"trainer.strategy is {name}; the planner knows {known}")
 
 
+def import_path(path: str) -> Any:
+    """The object of a ``class_path``."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
 def _count_devices(devices: Any) -> int:
     if isinstance(devices, list):
         return len(devices)
@@ -60,8 +66,7 @@ def _count_devices(devices: Any) -> int:
 def _strategy(value: Any, devices: int) -> tuple[type[Strategy], dict[str, Any]]:
     """Class and options of ``trainer.strategy``, a name or a ``class_path``."""
     if isinstance(value, Namespace):
-        module, _, name = value.class_path.rpartition(".")
-        return getattr(import_module(module), name), dict(value.get("init_args") or {})
+        return import_path(value.class_path), dict(value.get("init_args") or {})
     if value == "auto":
         return (SingleDeviceStrategy if devices == 1 else DDPStrategy), {}
     if value not in StrategyRegistry:

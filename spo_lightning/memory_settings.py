@@ -11,8 +11,8 @@ import torch
 from jsonargparse import Namespace
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.memory_engines import EngineLoad, engine_load, import_path, tool_tokens
-from spo_lightning.memory_layout import layout_of
+from spo_lightning.memory_engines import EngineLoad, engine_load, tool_tokens
+from spo_lightning.memory_layout import import_path, layout_of
 from spo_lightning.memory_plan import Layout
 
 # trainer.precision: the dtype that parameters are converted to, and whether autocast computes in bfloat16
