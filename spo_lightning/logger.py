@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo_lightning.errors import ConfigError
 from spo_lightning.folders import make_folder, whole_file
-from spo_lightning.mlflow_run import DEFAULT_TRACKING_URI, SQLITE, MlflowRun, clean_name, flatten, public_uri
+from spo_lightning.mlflow_run import SQLITE, MlflowRun, clean_name, flatten, public_uri, tracking_uri_of, uri_problem
 from spo_lightning.outbox import Outbox, RequestRefused
 from spo_lightning.provenance import git_commit, package_versions
 
@@ -87,7 +87,7 @@ class SPOMLFlowLogger(MLFlowLogger):
         group: str | None = None,
     ) -> None:
         Logger.__init__(self)  # not MLFlowLogger's: that opens the data base, on every rank and for every command
-        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+        tracking_uri = tracking_uri_of(tracking_uri)
         _validate(experiment_name, tracking_uri, retry_pause_s, group, tags or {})
         if tracking_uri.startswith(SQLITE):
             database = Path(tracking_uri.removeprefix(SQLITE)).absolute()
@@ -371,10 +371,8 @@ def _validate(
         problems.append(f"tags holds {', '.join(taken)}, which every run sets itself; choose another name")
     if not experiment_name:
         problems.append("experiment_name is empty; give the experiment a name")
-    if ":" not in tracking_uri and tracking_uri != "databricks":
-        problems.append(
-            f"tracking_uri is {tracking_uri!r}; it must be a URI, as {DEFAULT_TRACKING_URI} or http://localhost:5000"
-        )
+    if problem := uri_problem(tracking_uri):
+        problems.append(problem)
     if group is not None and not re.fullmatch(r"[\w/.\-: ]+", group):
         problems.append(f"group is {group!r}; it must be a name of letters, digits, spaces and _ / . - :")
     if retry_pause_s < 0:

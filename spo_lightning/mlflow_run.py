@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import re
 import time
 from argparse import Namespace
@@ -69,7 +70,7 @@ class MlflowRun:
     staging: Path
     on_open: Callable[[], None]
     experiment_id: str | None = None
-    is_open: bool = False
+    _is_open: bool = False
     _tables: list[dict[str, str]] = field(default_factory=list)
     _start_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
@@ -99,7 +100,7 @@ class MlflowRun:
 
     def open(self) -> None:
         """Make the run, or find it and set it to running. Raises ServerAway or RequestRefused."""
-        if self.is_open:
+        if self._is_open:
             return
         with translated_errors():
             run = self._find() if self.run_id else None
@@ -107,7 +108,7 @@ class MlflowRun:
                 run = self._create()
             self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
             self._tables = json.loads(run.data.tags.get(TABLES_TAG, "[]"))
-        self.is_open = True
+        self._is_open = True
         self.on_open()
 
     def send(self, records: Sequence[Record]) -> None:
@@ -287,6 +288,18 @@ def _translated(status: int, error: Exception) -> ServerAway | RequestRefused:
 
 def _first_line(error: Exception) -> str:
     return str(error).split("\n", maxsplit=1)[0][:300] or type(error).__name__
+
+
+def tracking_uri_of(given: str | None) -> str:
+    """The tracking server or data base that is meant: the one given, or that of the environment, or SQLite."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def uri_problem(uri: str) -> str | None:
+    """What is wrong with ``uri`` as a tracking server or data base."""
+    if ":" in uri or uri == "databricks":
+        return None
+    return f"tracking_uri is {uri!r}; it must be a URI, as {DEFAULT_TRACKING_URI} or http://localhost:5000"
 
 
 def public_uri(uri: str) -> str:

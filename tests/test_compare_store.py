@@ -24,7 +24,7 @@ from mlflow.entities import Metric, Param, RunTag
 from spo_lightning import compare_command
 from spo_lightning.comparison import report as reports
 from spo_lightning.comparison.contest import make_contest
-from spo_lightning.comparison.page import Page, differing_params, render
+from spo_lightning.comparison.page import differing_params, render
 from spo_lightning.comparison.report import PICTURES, Report, write_report
 from spo_lightning.comparison.saved_view import make_view, save_view
 from spo_lightning.comparison.store import connect, read, runs_of, runs_with, sift
@@ -183,6 +183,11 @@ def test_mistakes_end_with_a_remedy(
     assert words in capsys.readouterr().err
     assert not Path("none.db").exists()
     assert not Path("runs").exists()
+
+
+def test_every_place_that_the_logger_takes_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spo_lightning.comparison.store.MlflowClient", lambda uri: uri)
+    assert connect("databricks") == "databricks"  # type: ignore[comparison-overlap]
 
 
 def saved_views(client: MlflowClient, experiment_id: str) -> dict[str, Any]:
@@ -372,7 +377,7 @@ def test_page_links_runs_of_a_server_and_escapes_names(uri: str) -> None:
     kept, _ = sift(runs_of(client, "trial"), include_unfinished=False)
     runs = [replace(run, name="<b>&bold") for run in read(client, kept, int)]
     contest = make_contest(runs)
-    page = PageReader(render(Page(contest, make_table(contest), {}, [], [], "http://host:5000/")))
+    page = PageReader(render(contest, make_table(contest), {}, [], "http://host:5000/"))
     link = f"http://host:5000/#/experiments/{runs[0].experiment_id}/runs/{runs[0].id}?workflowType=machine_learning"
     assert link in page.links
     assert page.text.count("<b>&bold") == 4
@@ -439,7 +444,7 @@ def test_page_in_a_sandboxed_frame(uri: str, tmp_path: Path, browse: Callable[[P
     const links = document.querySelectorAll("td a"), followed = document.querySelectorAll("td a[href]");
     parent.postMessage([top_of_runs, scrollY > 0, links.length, followed.length], "*");
     </script></body>"""
-    html = render(Page(contest, make_table(contest), {}, [], [], "http://host:5000")).replace("</body>", click)
+    html = render(contest, make_table(contest), {}, [], "http://host:5000").replace("</body>", click)
     frame = """<!DOCTYPE html><title>no answer</title><iframe sandbox="allow-scripts"></iframe><script>
     addEventListener("message", event => { document.title = JSON.stringify(event.data); });
     const blob = new Blob([HTML], {type: "text/html"});

@@ -108,7 +108,7 @@ def validation_figure(contest: Contest, table: Table) -> Figure | None:
 
 
 def _against_costs(contest: Contest, metric: str, title: str, change: Transform | None = None) -> Figure | None:
-    styles = looks(list(contest.entrants))
+    styles = looks(contest.entrants)
     figure, axes = panels(3, 3, (4.2, 3.8), share_y=True)
     shown: list[Band] = []
     for panel, against in zip(axes, X_TITLES, strict=True):
@@ -120,7 +120,7 @@ def _against_costs(contest: Contest, metric: str, title: str, change: Transform 
         shown += bands.values()
     limit_to_means(axes[0], shown)
     axes[0].set_ylabel(title)
-    legend(figure, styles, list(contest.entrants))
+    legend(figure, styles)
     return figure
 
 
@@ -139,7 +139,7 @@ def _window(contest: Contest) -> int:
 
 def seeds_figure(contest: Contest, table: Table) -> Figure | None:
     """Reward of each entrant's seeds, beside the reference."""
-    styles = looks(list(contest.entrants))
+    styles = looks(contest.entrants)
     smooth = partial(trailing_mean, window=_window(contest))
     bands = metric_bands(contest, REWARD, "completions", smooth)
     if not bands:
@@ -173,12 +173,11 @@ def pass_at_k_figure(contest: Contest, table: Table) -> Figure | None:
     }
     if not all(found for runs in curves.values() for found in runs):
         return None
-    styles = looks(list(contest.entrants))
+    styles = looks(contest.entrants)
     figure, (axes,) = panels(1, 1, (7.2, 4.2))
     bands = {}
     for name, found in curves.items():
-        points = [(np.array(list(run), np.float64), np.array(list(run.values()))) for run in found]
-        band = make_band(points)
+        band = make_band([(np.array(list(run), np.float64), np.array(list(run.values()))) for run in found])
         if band is not None:
             bands[name] = band
             draw_band(axes, band, styles[name])
@@ -189,7 +188,7 @@ def pass_at_k_figure(contest: Contest, table: Table) -> Figure | None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="k, completions of a problem", ylabel=f"pass@k, {benchmark.name}")
     axes.set_title("test" if tested else "last validation")
-    legend(figure, styles, list(contest.entrants))
+    legend(figure, styles)
     return figure
 
 
@@ -199,7 +198,7 @@ def differences_figure(contest: Contest, table: Table) -> Figure | None:
     if not rows:
         return None
     keys = [key for key in table.measures if any(key in row.differences for row in rows)]
-    styles = looks(list(contest.entrants))
+    styles = looks(contest.entrants)
     figure, axes = panels(len(keys), 5, (2.5, 1.1 + 0.32 * len(rows)))
     for panel, key in zip(axes, keys, strict=True):
         panel.axvline(0, color="#444444", linewidth=1.2, linestyle=":")

@@ -22,27 +22,6 @@ SCREEN_DPI = 96
 
 
 @dataclass(frozen=True)
-class Page:
-    """What goes on the page.
-
-    Attributes:
-        contest: the runs.
-        table: their numbers.
-        pictures: figures by their PNG file.
-        missing: figures that there is no data for.
-        notes: what a reader must know first.
-        source: the tracking server or data base.
-    """
-
-    contest: Contest
-    table: Table
-    pictures: Mapping[Path, Picture]
-    missing: Sequence[str]
-    notes: Sequence[str]
-    source: str
-
-
-@dataclass(frozen=True)
 class Grid:
     """A table of the page; every line is an entrant's or a run's, and its first cell the name."""
 
@@ -52,16 +31,25 @@ class Grid:
     cells: Sequence[Sequence[str]]
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
-    contest = page.contest
-    header, cells = means_grid(page.table)
+def render(
+    contest: Contest, table: Table, pictures: Mapping[Path, Picture], missing: Sequence[str], source: str
+) -> str:
+    """The page as HTML.
+
+    Args:
+        contest: the runs.
+        table: their numbers.
+        pictures: figures by their PNG file.
+        missing: figures that there is no data for.
+        source: the tracking server or data base.
+    """
+    header, cells = means_grid(table)
     grids = [Grid("means", explanation(), header, cells)]
-    if differences := differences_grid(page.table):
+    if differences := differences_grid(table):
         caption = f"Difference to {contest.reference}, paired by seed: mean ± half of a 95 % interval."
         grids.append(Grid("differences", caption, *differences))
     header, cells = differing_params(contest)
-    time = page.table.measures["hours"]
+    time = table.measures["hours"]
     return (
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         .from_string(TEMPLATE)
@@ -69,16 +57,16 @@ def render(page: Page) -> str:
             title=contest.title,
             by=contest.by,
             num_runs=len(contest.runs),
-            entrants={name: look.colour for name, look in looks(list(contest.entrants)).items()},
+            entrants={name: look.colour for name, look in looks(contest.entrants).items()},
             benchmark=contest.benchmark,
-            source=page.source,
+            source=source,
             grids=grids,
-            figures=[(picture, _image(path)) for path, picture in page.pictures.items()],
-            missing=page.missing,
-            notes=page.notes,
+            figures=[(picture, _image(path)) for path, picture in pictures.items()],
+            missing=missing,
+            notes=contest.notes,
             params=Grid("params", "Parameters in which the entrants differ.", header, cells),
             time_unit=time.title,
-            runs=[_describe(name, run, page.source, time) for name, runs in contest.entrants.items() for run in runs],
+            runs=[_describe(name, run, source, time) for name, runs in contest.entrants.items() for run in runs],
             left_out=contest.left_out,
         )
     )

@@ -15,7 +15,7 @@ from spo_lightning.comparison.figures import (
     seeds_figure,
     validation_figure,
 )
-from spo_lightning.comparison.page import Page, render
+from spo_lightning.comparison.page import render
 from spo_lightning.comparison.signal_figures import curriculum_figure, signal_figure
 from spo_lightning.comparison.style import styled
 from spo_lightning.comparison.table import Table, make_table, markdown, write_csv
@@ -123,7 +123,7 @@ def write_report(contest: Contest, folder: Path, source: str) -> Report:
         else:
             path.unlink(missing_ok=True)
     missing = [f"{each.title}: {each.otherwise}" for each in PICTURES if each not in drawn.values()]
-    page.write_text(render(Page(contest, table, drawn, missing, contest.notes, source)), encoding="utf-8")
+    page.write_text(render(contest, table, drawn, missing, source), encoding="utf-8")
     return Report([table_md, table_csv, *drawn, page], page, text, missing)
 
 

@@ -36,7 +36,7 @@ def signal_figure(contest: Contest, table: Table) -> Figure | None:
     group advantages are divided by their standard deviation also if the algorithm does not do that.
     """
     grouped = {name for name, runs in contest.entrants.items() if any(GROUPS in run.curves for run in runs)}
-    styles = looks(list(contest.entrants))
+    styles = looks(contest.entrants)
     figure, axes = panels(6, 3, (4.2, 3.1))
     drawn = False
     for panel, (metric, title) in zip(axes, (SHARES | VARIANCES).items(), strict=True):
@@ -61,7 +61,7 @@ def signal_figure(contest: Contest, table: Table) -> Figure | None:
             panel.set_ylim(0, 1.2 * highest)
     axes[0].set_ylabel("share of the batch")
     axes[3].set_ylabel("variance in the batch")
-    legend(figure, styles, list(contest.entrants))
+    legend(figure, styles)
     return figure if drawn else None
 
 

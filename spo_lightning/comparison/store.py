@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -24,7 +23,7 @@ from spo_lightning.comparison.training_run import (
     TrainingRun,
 )
 from spo_lightning.errors import ConfigError
-from spo_lightning.mlflow_run import DEFAULT_TRACKING_URI, GROUP_TAG, SQLITE
+from spo_lightning.mlflow_run import GROUP_TAG, SQLITE, tracking_uri_of, uri_problem
 
 COMPARISON_TAG = "spo.comparison"
 UNFINISHED = ("RUNNING", "SCHEDULED", "KILLED")
@@ -50,16 +49,14 @@ def connect(tracking_uri: str | None) -> MlflowClient:
     Raises:
         ConfigError: there is no such data base. (MLflow would make one.)
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    uri = tracking_uri_of(tracking_uri)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise ConfigError(
             f"tracking_uri is {uri}, but there is no file {Path(uri.removeprefix(SQLITE)).absolute()}; "
             "start in the folder that the runs were started in, or give --tracking_uri"
         )
-    if not uri.startswith(SQLITE) and not urlsplit(uri).scheme:
-        raise ConfigError(
-            f"tracking_uri is {uri!r}; it must be a URI, as {DEFAULT_TRACKING_URI} or http://localhost:5000"
-        )
+    if problem := uri_problem(uri):
+        raise ConfigError(problem)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's 7 take minutes to say that nobody is there
     return MlflowClient(uri)
 

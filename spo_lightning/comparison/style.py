@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Look:
     dash: str | tuple[float, tuple[float, ...]]
 
 
-def looks(names: Sequence[str]) -> dict[str, Look]:
+def looks(names: Iterable[str]) -> dict[str, Look]:
     """The look of each entrant, by its place: neighbours differ in colour and in dash."""
     count = len(COLOURS)
     return {
@@ -91,9 +91,9 @@ def draw_band(axes: Axes, band: Band, look: Look) -> None:
         axes.fill_between(band.x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
 
 
-def legend(figure: Figure, styles: Mapping[str, Look], names: Sequence[str]) -> None:
+def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
     """One legend for all panels, to the right of them."""
-    handles = [Line2D([], [], color=styles[name].colour, linestyle=styles[name].dash, label=name) for name in names]
+    handles = [Line2D([], [], color=look.colour, linestyle=look.dash, label=name) for name, look in styles.items()]
     figure.legend(handles=handles, loc="outside right center", handlelength=2.6)
 
 
