@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from spo_lightning.errors import ConfigError
+from spo_lightning.errors import ConfigError, raise_problems
 from spo_lightning.folders import make_folder, whole_file
 from spo_lightning.mlflow_run import SQLITE, MlflowRun, clean_name, flatten, public_uri, tracking_uri_of, uri_problem
 from spo_lightning.outbox import Outbox, RequestRefused
@@ -377,8 +377,7 @@ def _validate(
         problems.append(f"group is {group!r}; it must be a name of letters, digits, spaces and _ / . - :")
     if retry_pause_s < 0:
         problems.append(f"retry_pause_s is {retry_pause_s}; it must be 0 or more seconds")
-    if problems:
-        raise ValueError("bad MLflow logger: " + "; ".join(problems))
+    raise_problems("bad MLflow logger", problems)
 
 
 def _provenance() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spo_lightning.errors import ConfigError
+from spo_lightning.errors import ConfigError, below, raise_problems
 
 _BASE, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -39,15 +39,12 @@ class LoraSettings:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.rank < 1:
-            problems.append(f"rank is {self.rank}; it must be at least 1")
+        problems = below(1, rank=self.rank)
         if not 0 < self.alpha < math.inf:
             problems.append(f"alpha is {self.alpha}; it must be positive and finite")
         if not self.target_modules:
             problems.append("target_modules is empty; name linear layers, or take all-linear")
-        if problems:
-            raise ConfigError("bad LoRA settings: " + "; ".join(problems))
+        raise_problems("bad LoRA settings", problems, ConfigError)
 
     @property
     def scaling(self) -> float:

@@ -55,6 +55,7 @@ class MlflowRun:
         visits: only adds to a run that is there already; its status stays as it is.
         staging: folder that holds the files named by artifact records.
         on_open: called once the run is open.
+        experiment_id: of the run, from when it is open.
     """
 
     tracking_uri: str
@@ -70,7 +71,6 @@ class MlflowRun:
     staging: Path
     on_open: Callable[[], None]
     experiment_id: str | None = None
-    _is_open: bool = False
     _tables: list[dict[str, str]] = field(default_factory=list)
     _start_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
@@ -100,15 +100,14 @@ class MlflowRun:
 
     def open(self) -> None:
         """Make the run, or find it and set it to running. Raises ServerAway or RequestRefused."""
-        if self._is_open:
+        if self.experiment_id is not None:
             return
         with translated_errors():
             run = self._find() if self.run_id else None
             if run is None:
                 run = self._create()
-            self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
             self._tables = json.loads(run.data.tags.get(TABLES_TAG, "[]"))
-        self._is_open = True
+            self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.on_open()
 
     def send(self, records: Sequence[Record]) -> None:

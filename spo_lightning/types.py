@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spo_lightning.errors import below, raise_problems
+
 FinishReason = Literal["stop", "length", "aborted"]
 
 
@@ -58,9 +60,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
-        problems = []
-        if self.max_tokens < 1:
-            problems.append(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        problems = below(1, max_tokens=self.max_tokens)
         if self.temperature < 0:
             problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         if not 0 < self.top_p <= 1:
@@ -69,8 +69,7 @@ class SamplingParams:
             problems.append(f"top_k is {self.top_k}; it must be 0 (off) or positive")
         if any(not s for s in self.stop):
             problems.append("stop holds an empty string, which would end every completion at once; remove it")
-        if problems:
-            raise ValueError("bad sampling parameters: " + "; ".join(problems))
+        raise_problems("bad sampling parameters", problems)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -54,9 +54,11 @@ def test_importing_the_algorithms_loads_nothing_beside_torch() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "algorithms").glob("*.py")), ids=lambda path: path.name)
-def test_algorithms_name_torch_and_types_only(path: Path) -> None:
+def test_algorithms_name_torch_types_and_errors_only(path: Path) -> None:
     own = {name for name in imported_packages(path) if name.startswith("spo_lightning")}
-    assert all(name.startswith(("spo_lightning.algorithms", "spo_lightning.types")) for name in own)
+    assert all(
+        name.startswith(("spo_lightning.algorithms", "spo_lightning.types", "spo_lightning.errors")) for name in own
+    )
     foreign = {name.split(".")[0] for name in imported_packages(path) - own} - sys.stdlib_module_names
     assert foreign <= {"torch"} | OPTIONAL.get(path.name, set())
 

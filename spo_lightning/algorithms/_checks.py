@@ -1,24 +1,8 @@
-"""Checks shared by the algorithms: every problem is collected, then raised once."""
+"""Checks shared by the algorithms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
-
-
-def raise_problems(owner: str, problems: Sequence[str]) -> None:
-    """Raise one ValueError naming every problem; do nothing when there is none.
-
-    Args:
-        owner: the class or function that was called.
-        problems: one sentence a problem: value, rule, remedy.
-
-    Raises:
-        ValueError: there is at least one problem.
-    """
-    if problems:
-        raise ValueError(f"{owner}: " + "; ".join(problems))
 
 
 def same_length_problems(**columns: Tensor) -> list[str]:

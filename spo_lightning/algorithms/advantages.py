@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems, same_length_problems
+from spo_lightning.algorithms._checks import same_length_problems
+from spo_lightning.errors import raise_problems
 
 
 class AdvantageEstimator(ABC):

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
+from spo_lightning.errors import raise_problems
 
 Aggregation = Literal["token-mean", "sequence-mean", "fixed-length"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)

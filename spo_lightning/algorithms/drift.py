@@ -12,8 +12,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems, same_length_problems
+from spo_lightning.algorithms._checks import same_length_problems
 from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
+from spo_lightning.errors import raise_problems
 from spo_lightning.types import StoredCompletion
 
 

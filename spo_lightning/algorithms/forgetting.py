@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
+from spo_lightning.errors import raise_problems
 
 
 class ForgettingRule(ABC):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
 from spo_lightning.algorithms.advantages import AdvantageEstimator, _checked_eps, _raw_advantages
+from spo_lightning.errors import raise_problems
 
 
 class GroupNormalized(AdvantageEstimator):

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
 from spo_lightning.algorithms._tiled_head import TiledHead
 from spo_lightning.algorithms.logprobs import temperature_problems
+from spo_lightning.errors import raise_problems
 
 CPU_CHUNK_ELEMENTS = 2**22
 """Logits of one tile on the CPU: 16 MiB in float32, which the last-level cache holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
+from spo_lightning.errors import raise_problems
 
 
 def selected_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
 from spo_lightning.algorithms.aggregation import Aggregation, BatchTotals, aggregate, aggregation_problems
 from spo_lightning.algorithms.off_policy import MAX_LOG_RATIO
+from spo_lightning.errors import raise_problems
 
 Metrics = dict[str, Tensor]
 

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
+from spo_lightning.errors import raise_problems
 
 Level = Literal["token", "sequence", "geometric"]
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Generator, Tensor
 
-from spo_lightning.algorithms._checks import raise_problems
+from spo_lightning.errors import raise_problems
 
 
 class PromptWeights(ABC):

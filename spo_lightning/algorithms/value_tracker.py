@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spo_lightning.algorithms._checks import raise_problems, same_length_problems
+from spo_lightning.algorithms._checks import same_length_problems
 from spo_lightning.algorithms.forgetting import ForgettingRule
+from spo_lightning.errors import raise_problems
 
 Smoothing = Literal["jeffreys", "none"]
 

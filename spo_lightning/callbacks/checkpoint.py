@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.data.datamodule import SPODataModule
 from spo_lightning.data.value_start import DrawValues
-from spo_lightning.errors import ConfigError
+from spo_lightning.errors import ConfigError, below, raise_problems
 from spo_lightning.folders import make_folder, whole_file
 from spo_lightning.sharded_checkpoint import consolidate, is_sharded
 from spo_lightning.types import PromptBatch
@@ -60,13 +60,7 @@ class IterationCheckpoint(Checkpoint):
 
     def __init__(self, every_n_iterations: int = 10, keep: int = 2, dirpath: str | None = None) -> None:
         super().__init__()
-        problems = [
-            f"{name} is {value}; it must be at least 1"
-            for name, value in (("every_n_iterations", every_n_iterations), ("keep", keep))
-            if value < 1
-        ]
-        if problems:
-            raise ValueError("bad checkpoint settings: " + "; ".join(problems))
+        raise_problems("bad checkpoint settings", below(1, every_n_iterations=every_n_iterations, keep=keep))
         self.every_n_iterations = every_n_iterations
         self.keep = keep
         self.dirpath = dirpath

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from spo_lightning.callbacks.artifacts import log_artifact
+from spo_lightning.errors import below, raise_problems
 from spo_lightning.types import CompletionRecord, PromptBatch
 
 COLUMNS = (
@@ -41,16 +42,8 @@ class CompletionsTable(Callback):
     """
 
     def __init__(self, every_n_iterations: int = 10, num_rows: int = 16, max_characters: int = 8000) -> None:
-        least = {
-            "every_n_iterations": (every_n_iterations, 1),
-            "num_rows": (num_rows, 1),
-            "max_characters": (max_characters, 100),
-        }
-        problems = [
-            f"{name} is {value}; it must be at least {low}" for name, (value, low) in least.items() if value < low
-        ]
-        if problems:
-            raise ValueError("bad completions table: " + "; ".join(problems))
+        problems = below(1, every_n_iterations=every_n_iterations, num_rows=num_rows)
+        raise_problems("bad completions table", problems + below(100, max_characters=max_characters))
         self.every_n_iterations = every_n_iterations
         self.num_rows = num_rows
         self.max_characters = max_characters

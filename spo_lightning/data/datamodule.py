@@ -29,7 +29,7 @@ from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.training_stream import TrainingStream
 from spo_lightning.data.value_start import DrawValues, PriorStart, StartValues, ValueStart
 from spo_lightning.defaults import lazy
-from spo_lightning.errors import ConfigError
+from spo_lightning.errors import ConfigError, below, raise_problems
 from spo_lightning.policy_files import load_tokenizer
 from spo_lightning.tools.formats import ChatTemplateCalls
 from spo_lightning.tools.settings import ToolUse
@@ -143,11 +143,7 @@ class SPODataModule(LightningDataModule):
         self._check()
 
     def _check(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in ("num_iterations", "max_prompt_tokens")
-            if getattr(self, name) < 1
-        ]
+        problems = below(1, num_iterations=self.num_iterations, max_prompt_tokens=self.max_prompt_tokens)
         for build in (self._new_sampler, partial(self._new_tracker, num_prompts=1)):
             try:
                 build()
@@ -169,8 +165,7 @@ class SPODataModule(LightningDataModule):
             for name in self.benchmarks
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
         ]
-        if problems:
-            raise ValueError("bad SPODataModule arguments: " + "; ".join(problems))
+        raise_problems("bad SPODataModule arguments", problems)
 
     # Loading
 

@@ -13,6 +13,7 @@ from typing import Any
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.training_stream import TrainingStream
+from spo_lightning.errors import below, raise_problems
 from spo_lightning.types import BenchmarkBatch, PromptBatch
 
 
@@ -31,13 +32,8 @@ class Benchmark:
     problems_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}; it must be at least 1"
-            for name, value in (("num_samples", self.num_samples), ("problems_per_batch", self.problems_per_batch))
-            if value is not None and value < 1
-        ]
-        if problems:
-            raise ValueError(f"bad benchmark {self.source.path!r}: " + "; ".join(problems))
+        problems = below(1, num_samples=self.num_samples, problems_per_batch=self.problems_per_batch)
+        raise_problems(f"bad benchmark {self.source.path!r}", problems)
 
 
 class PromptLoader:

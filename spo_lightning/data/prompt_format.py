@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from spo_lightning.errors import raise_problems
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -64,8 +66,7 @@ class PromptFormatter:
                         "instruction"
                     )
         problems += self._tool_problems()
-        if problems:
-            raise ValueError("bad prompt format: " + "; ".join(problems))
+        raise_problems("bad prompt format", problems)
 
     def _tool_problems(self) -> list[str]:
         if self._tools is None:

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from spo_lightning.errors import raise_problems
+
 Row = dict[str, Any]
 _ABSENT = object()
 _Table = tuple[Sequence[str], Iterable[Row]]
@@ -70,8 +72,7 @@ class PromptSource:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 problems.append(f"answer_pattern {self.answer_pattern!r} is no regular expression: {error}; correct it")
-        if problems:
-            raise ValueError("bad prompt source: " + "; ".join(problems))
+        raise_problems("bad prompt source", problems)
 
     @property
     def columns(self) -> list[str]:

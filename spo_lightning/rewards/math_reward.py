@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spo_lightning.errors import raise_problems
 from spo_lightning.protocols import Reward
 from spo_lightning.rewards.extraction import clean_answer, last_boxed, plain_number, quick_verdict, visible_text
 from spo_lightning.rewards.process_pool import TaskResult, TimedPool
@@ -48,8 +49,7 @@ class MathVerifyReward(Reward):
             problems.append(f"num_workers is {num_workers}; grading needs at least 1 process")
         if not time_limit > 0:
             problems.append(f"time_limit is {time_limit}; give a positive number of seconds, such as 5")
-        if problems:
-            raise ValueError("bad MathVerifyReward: " + "; ".join(problems))
+        raise_problems("bad MathVerifyReward", problems)
         self.require_boxed = require_boxed
         self.strip_think = strip_think
         self._pool = TimedPool(num_workers, time_limit, "spo_lightning.rewards.math_worker")
