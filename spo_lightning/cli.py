@@ -170,14 +170,10 @@ class SPOCLI(LightningCLI):
     def before_validate(self) -> None:
         """Load the benchmarks, find the checkpoint. A folder takes one run at a time, whichever job it does."""
         self._lock_folder()
-        self._load_data("validate")
+        self._load_data(str(self.subcommand))
         self._resolve_checkpoint(required=True)
 
-    def before_test(self) -> None:
-        """Load the benchmarks, find the checkpoint. A folder takes one run at a time, whichever job it does."""
-        self._lock_folder()
-        self._load_data("test")
-        self._resolve_checkpoint(required=True)
+    before_test = before_validate
 
     def before_estimate(self) -> None:
         """Load the training prompts."""
@@ -225,11 +221,7 @@ class SPOCLI(LightningCLI):
             return
         path: Path | None = Path(asked)
         if asked == "last":
-            path = (
-                self._checkpoints.require_last(self.trainer) if required else self._checkpoints.find_last(self.trainer)
-            )
-            if path is None:
-                print(f"no checkpoint in {self._checkpoints.directory(self.trainer)} yet: starting from the beginning")
+            path = self._checkpoints.resolve_last(self.trainer, required)
         elif not Path(asked).exists():
             _fail(f"--ckpt_path {asked} does not exist; give a file, or last")
         if path is not None:

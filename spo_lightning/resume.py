@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.sharded_checkpoint import groups_of_unused_optimizers
@@ -27,12 +26,7 @@ class Resume(_CheckpointConnector):
         own = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, IterationCheckpoint)]
         if ckpt_path != "last" or not own:
             return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
-        if state_fn != TrainerFn.FITTING:
-            return str(own[0].require_last(self.trainer))
-        last = own[0].find_last(self.trainer)
-        if last is None:
-            where = own[0].directory(self.trainer)
-            rank_zero_info(f"no checkpoint in {where} yet: starting from the beginning")
+        last = own[0].resolve_last(self.trainer, required=state_fn != TrainerFn.FITTING)
         return None if last is None else str(last)
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:

@@ -79,40 +79,42 @@ def check_calls(module: SPOModule) -> None:
 
 def check_trainer(module: SPOModule) -> None:
     """Refuse what the trainer or the device cannot do for a training run."""
-    if module.trainer.precision in ("16-mixed", "16-true"):
+    trainer: Any = module.trainer
+    policy = module.policy_config
+    if trainer.precision in ("16-mixed", "16-true"):
         raise ConfigError(
-            f"trainer.precision is {module.trainer.precision}; scaled fp16 gradients hide what is not finite, "
+            f"trainer.precision is {trainer.precision}; scaled fp16 gradients hide what is not finite, "
             "use bf16-mixed or 32"
         )
-    if module.trainer.precision == "64-true":
+    if trainer.precision == "64-true":
         raise ConfigError(
             "trainer.precision is 64-true; engines and the norm of the gradient compute in float32 at most, use 32 "
             "or bf16-mixed"
         )
-    if module.policy_config.head == "liger" and (module.device.type != "cuda" or find_spec("liger_kernel") is None):
+    if policy.head == "liger" and (module.device.type != "cuda" or find_spec("liger_kernel") is None):
         raise ConfigError(
             f"model.policy.head is liger, which needs a CUDA device (this is {module.device}) and pip install -e "
             ".[liger]; set it to torch"
         )
-    if module.policy_config.head == "liger" and module.generation_dtype == "float32":
+    if policy.head == "liger" and module.generation_dtype == "float32":
         raise ConfigError(
             "model.policy.head is liger, whose kernel takes bfloat16 only, and the policy computes in float32; set "
             "trainer.precision to bf16-mixed, or the head to torch"
         )
-    strategy = module.trainer.strategy
+    strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy) and strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
         raise ConfigError(
             "trainer.strategy is FSDPStrategy with cpu_offload, which keeps the gradient of the last micro-batch only; "
             "take configs/strategy/fsdp2.yaml with cpu_offload: true"
         )
-    if module.trainer.max_steps != -1 and module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if trainer.max_steps != -1 and trainer.fast_dev_run:
         raise ConfigError(
-            f"trainer.fast_dev_run is {module.trainer.fast_dev_run}; it counts optimiser steps and would end a run "  # type: ignore[attr-defined]
+            f"trainer.fast_dev_run is {trainer.fast_dev_run}; it counts optimiser steps and would end a run "
             "inside an iteration, set it to false and data.num_iterations to 1 for a short run"
         )
-    if module.trainer.max_steps != -1:
+    if trainer.max_steps != -1:
         raise ConfigError(
-            f"trainer.max_steps is {module.trainer.max_steps}; it counts optimiser steps and would end a run inside "
+            f"trainer.max_steps is {trainer.max_steps}; it counts optimiser steps and would end a run inside "
             "an iteration, set data.num_iterations instead"
         )
 

@@ -79,17 +79,19 @@ class IterationCheckpoint(Checkpoint):
             return last.resolve()
         return max(self.directory(trainer).glob("iteration-*.ckpt"), default=None)
 
-    def require_last(self, trainer: Trainer) -> Path:
-        """The newest checkpoint.
+    def resolve_last(self, trainer: Trainer, required: bool) -> Path | None:
+        """What ``--ckpt_path last`` stands for: the newest checkpoint, or the beginning where there is none.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, and one is required.
         """
         last = self.find_last(trainer)
-        if last is None:
+        if last is None and required:
             raise ConfigError(
                 f"ckpt_path is last, but there is no checkpoint in {self.directory(trainer)}; run fit first"
             )
+        if last is None:
+            rank_zero_info(f"no checkpoint in {self.directory(trainer)} yet: starting from the beginning")
         return last
 
     def is_of_last_iteration(self, trainer: Trainer) -> bool:
