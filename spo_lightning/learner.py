@@ -17,6 +17,7 @@ from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.micro_batches import MicroBatch, MicroBatching
 
 Backward = Callable[[Tensor, bool], None]
+OWN_METRICS = ("policy/loss", "policy/entropy", "policy/grad_norm", "optimizer/lr", "perf/padding_fraction")
 
 
 def _logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,8 @@ def accumulate_gradient(
 
     Raises:
         TypeError: the loss returns something else than a scalar with gradient and scalar metrics by name.
+        ValueError: it returns a metric that the update has itself, such as ``policy/loss``, which would be counted
+            twice.
     """
     totals = BatchTotals(tokens=batch.num_tokens, sequences=len(batch))
     plan = micro.plan([len(sequence) for sequence in batch.sequences], ranks.world_size)
@@ -140,6 +143,11 @@ def _loss_and_metrics(returned: object, name: str) -> tuple[Tensor, Mapping[str,
         raise TypeError(
             f"the loss {name} returned {_described(loss)} as its loss; it must be a scalar tensor with gradient, "
             "computed from policy_logprobs: add up the tokens, as spo_lightning.algorithms.aggregate does"
+        )
+    if taken := [key for key in OWN_METRICS if key in metrics]:
+        raise ValueError(
+            f"the loss {name} returned the metric {', '.join(taken)}, which every update logs itself; leave it out or "
+            "give yours another name"
         )
     for key, value in metrics.items():
         if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.dim() == 0):

@@ -476,6 +476,12 @@ def test_a_loss_that_returns_something_else_is_refused_by_name(tmp_path, returne
         trainer.fit(module, data)
 
 
+def test_a_metric_of_a_loss_that_every_update_logs_itself_is_refused(tmp_path):
+    trainer, module, data = make_run(tmp_path, loss=Returns(lambda p: (p.sum(), {"policy/loss": p.detach().sum()})))
+    with pytest.raises(ValueError, match="the loss Returns returned the metric policy/loss, which every update logs"):
+        trainer.fit(module, data)
+
+
 def test_a_loss_without_metrics_trains(tmp_path):
     trainer, module, data = make_run(tmp_path, loss=Returns(lambda p: (p.sum(), {})), data={"num_iterations": 1})
     trainer.fit(module, data)

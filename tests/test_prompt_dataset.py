@@ -280,6 +280,13 @@ GOOD = '{"prompt": "a", "answer": 1}\n'
             {},
             "row 1: column 'answer' is a list; it must be text or a num",
         ),
+        (
+            "r.jsonl",
+            GOOD + r'{"prompt": "1 \ud83d 2", "answer": 1}',
+            {},
+            r"row 2: '1 \\ud83d 2' holds '\\ud83d', half of a surrogate pair and no character; correct the text or",
+        ),
+        ("r.jsonl", r'{"prompt": "a", "answer": "\ud83d"}', {}, "row 1: .* half of a surrogate pair"),
         ("r.jsonl", GOOD + "{oops\n", {}, "line 2 is not JSON: .*each line must be one JSON object"),
         ("r.jsonl", GOOD + "[1]\n", {}, "line 2 is a JSON list; each row must be an object"),
         ("r.jsonl", b'{"prompt": "\xff", "answer": 1}\n', {}, "line 1 is not JSON"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spo_lightning.algorithms import PrioritizedWeights, UniformWeights
+from spo_lightning.algorithms import PrioritizedWeights, PromptWeights, UniformWeights
 from spo_lightning.data import PrioritizedBatchSampler
 
 VALUE = torch.linspace(0, 1, 50, dtype=torch.float64)
@@ -71,3 +71,13 @@ def test_refuses_batches_that_do_not_divide(batch_size, copies):
         ValueError, match=f"batch_size is {batch_size} and completions_per_prompt {copies}; .*change one"
     ):
         PrioritizedBatchSampler(UniformWeights(), batch_size, copies)
+
+
+class Careless(PromptWeights):
+    def __call__(self, value):
+        return value.sub_(0.5).abs()
+
+
+def test_weights_that_write_to_the_tracker_are_refused():
+    with pytest.raises(ValueError, match="Careless wrote to the tracker's values, which it is only to read; .*sub_"):
+        PrioritizedBatchSampler(Careless(), 4).draw(VALUE.clone())

@@ -49,7 +49,7 @@ class PolicyLoss(ABC):
             The loss, a scalar of at least float32, and detached scalars: ``policy/clip_ratio_low`` and
             ``policy/clip_ratio_high`` (share of tokens, or for GSPO of completions, whose ratio is clipped),
             ``policy/ratio_mean``, and ``policy/kl``, the estimate ``ratio - 1 - log ratio`` of KL(old || policy) per
-            token.
+            token. ``policy/loss`` and ``policy/entropy`` are logged without it.
 
         Raises:
             ValueError: shapes do not fit together, or the mask is not bool.

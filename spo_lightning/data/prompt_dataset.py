@@ -196,6 +196,7 @@ class _RowParser:
             start_value = (
                 math.nan if source.value_column is None else _start_value(row[source.value_column], source.value_column)
             )
+            _require_unicode(*(message["content"] for message in messages), reference, given_id or "")
         except ValueError as error:
             raise ValueError(f"{source.path}, row {number}: {error}") from error
         text = messages[-1]["content"]
@@ -251,6 +252,19 @@ def _cell_text(cell: Any, column: str) -> str:
     if isinstance(cell, list | dict | bytes):
         raise ValueError(f"column {column!r} is a {type(cell).__name__}; it must be text or a number")
     return text
+
+
+def _require_unicode(*texts: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can escape and neither tokenizers nor files in UTF-8 take."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise ValueError(
+                f"{around!r} holds {text[error.start]!r}, half of a surrogate pair and no character; correct the text "
+                "or remove the row"
+            ) from error
 
 
 def _start_value(cell: Any, column: str) -> float:

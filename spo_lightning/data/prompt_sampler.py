@@ -55,8 +55,17 @@ class PrioritizedBatchSampler:
 
         Returns:
             (N,) int64 prompt indices.
+
+        Raises:
+            ValueError: the weights wrote to ``value``, or cannot be drawn by.
         """
+        written = value._version
         weights = self._weights(value)
+        if value._version != written:
+            raise ValueError(
+                f"{type(self._weights).__name__} wrote to the tracker's values, which it is only to read; use "
+                "operations that give a new tensor, as sub instead of sub_"
+            )
         num_distinct = self.num_distinct if size is None else size // self.copies
         if excluded is not None and len(excluded):
             weights = weights.index_fill(0, excluded, 0.0)
