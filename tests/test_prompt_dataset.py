@@ -80,8 +80,9 @@ def test_every_format_gives_the_same_prompts(tmp_path, plain, suffix):
 
 
 def test_answers_become_text_without_losing_anything(tmp_path, plain):
-    cells = [70, 70.0, "025", 25, 0.5, 2**99, -3, "2020-01-01", " \\sqrt{2} ", "1e3", 1e300]
-    texts = ["70", "70", "025", "25", "0.5", str(2**99), "-3", "2020-01-01", "\\sqrt{2}", "1e3", "1e+300"]
+    cells = [70, 70.0, "025", 25, 0.5, 2**99, -3, "2020-01-01", " \\sqrt{2} ", "1e3", 1e-5, -2.5e-7, 1e22]
+    texts = ["70", "70", "025", "25", "0.5", str(2**99), "-3", "2020-01-01", "\\sqrt{2}", "1e3"]
+    texts += ["0.00001", "-0.00000025", "1" + 22 * "0"]
     rows = [{"prompt": f"p{i}", "answer": cell} for i, cell in enumerate(cells)]
     assert load(write_rows(tmp_path / "rows.jsonl", rows), plain).references == texts
 

@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -240,9 +241,14 @@ def _messages(cell: Any, column: str) -> tuple[Message, ...]:
 
 
 def _cell_text(cell: Any, column: str) -> str:
-    """A number or text as text: 70 and 70.0 become "70", "025" stays."""
+    """A number or text as text: 70 and 70.0 become "70", 1e-5 becomes "0.00001", "025" stays.
+
+    Mathematics would read "1e-05" as Euler's number less 5.
+    """
     if isinstance(cell, float) and cell.is_integer() and abs(cell) <= _LARGEST_EXACT_FLOAT:
         cell = int(cell)
+    elif isinstance(cell, float) and math.isfinite(cell):
+        cell = format(Decimal(repr(cell)), "f")
     text = "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell).strip()
     if not text:
         raise ValueError(f"column {column!r} is empty; fill it or remove the row")
