@@ -195,6 +195,8 @@ def export_policy(model: Any, tokenizer: Any, directory: str | os.PathLike[str],
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(fresh, state_dict=state)
     tokenizer.save_pretrained(fresh)
+    for weights in fresh.glob("*.safetensors"):  # safetensors 0.8 lets nobody else read them, whatever the umask
+        weights.chmod((fresh / "config.json").stat().st_mode & 0o777)
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -292,6 +292,7 @@ def test_export_loads_and_replaces_what_was_there(tmp_path, architecture):
     state = full_state(policy, keep=True)
     assert export_policy(policy.model, tokenizer, tmp_path / "out" / "policy", state) == target
     assert [path.name for path in target.parent.iterdir()] == ["policy"]
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # who reads the configuration reads the weights
     loaded, found = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(found.values())
     ids = torch.tensor([[3, 4, 5, 6]])
