@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import spo_lightning
 from spo_lightning import rewards, tools
 
+from runs import make_run
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,7 +36,7 @@ def test_the_programs_of_the_documentation_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setattr("sys.argv", ["notebook"])
-    configured, assembled = blocks(ROOT / "docs" / "python.md", "python")
+    configured, assembled, _ = blocks(ROOT / "docs" / "python.md", "python")
     first: dict[str, object] = {}
     exec(configured, first)
     assert first["cli"].trainer.datamodule.sampler.iteration == 3
@@ -44,6 +46,17 @@ def test_the_programs_of_the_documentation_train(tmp_path, monkeypatch):
         assert Path(folder, "checkpoints", "last.ckpt").exists() and Path(folder, "mlflow_run.json").exists()
         trained = AutoModelForCausalLM.from_pretrained(Path(folder, "policy")).state_dict()
         assert any(not torch.equal(start[name], value) for name, value in trained.items())
+
+
+def test_the_callback_of_the_documentation_logs_and_ends_a_run(tmp_path):
+    *_, callback = blocks(ROOT / "docs" / "python.md", "python")
+    names: dict[str, object] = {}
+    exec(callback, names)
+    for tokens, iterations in ((9.0, 1), (0.0, 3)):  # of 8 that a completion has at most
+        trainer, module, data = make_run(tmp_path, lambda *_: 1.0, [names["StopWhenShort"](tokens)])
+        trainer.fit(module, data)
+        assert module.iterations_done == iterations
+        assert 0 < float(trainer.callback_metrics["my/right_length"]) <= 8
 
 
 def test_a_trainer_drops_what_lightning_says_of_itself_and_nothing_else(tmp_path):
