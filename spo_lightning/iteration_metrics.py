@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,7 +23,8 @@ def _spread(values: Tensor) -> float:
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Rewards, lengths and undecided grades of all completions.
 
-    Rewards are averaged over the decided completions; with none decided there is no ``reward/mean``.
+    Rewards are averaged over the decided completions; with none decided there is no ``reward/mean``. A part that the
+    reward names, as ``reward/<part>``, is averaged over the completions that have it.
     """
     lengths = torch.tensor([rollout.completion.num_sampled for rollout in rollouts], dtype=torch.float64)
     clipped = [rollout.completion.finish_reason == "length" for rollout in rollouts]
@@ -40,7 +41,11 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if rewards:
         values = torch.tensor(rewards, dtype=torch.float64)
         metrics |= {"reward/mean": float(values.mean()), "reward/std": _spread(values)}
-    return metrics
+    parts: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for part, value in rollout.grade.parts.items():
+            parts[part].append(value)
+    return metrics | {f"reward/{part}": sum(values) / len(values) for part, values in parts.items()}
 
 
 def tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -7,7 +7,7 @@ Shape notation, used all over the project: ``B`` prompts of a batch, ``N`` compl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -151,11 +151,14 @@ class Grade:
         value: the reward; ``None`` means undecided (the grader timed out or died): no gradient, no tracker update.
         answer: the answer found in the completion, as text; ``None`` when there is none.
         cause: why it is undecided ("timeout", "crash"); empty when decided.
+        parts: what else the reward tells of the completion, such as ``{"format": 1.0}``: logged as means,
+            ``reward/format``, and not learned from.
     """
 
     value: float | None
     answer: str | None = None
     cause: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def decided(self) -> bool:

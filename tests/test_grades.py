@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from spo_lightning.generation_files import BenchmarkRow
+from spo_lightning.iteration_metrics import rollout_metrics
 from spo_lightning.protocols import Reward
+from spo_lightning.rewards import FunctionReward
 from spo_lightning.rollouts.collector import RolloutCollector
 from spo_lightning.score_command import regraded
 from spo_lightning.types import Completion, Grade, Prompt
@@ -65,15 +67,44 @@ def test_any_real_number_becomes_a_float(value: Any, expected: float) -> None:
         (
             [Grade(torch.tensor(1.0))] * 2,
             TypeError,
-            r"type Tensor; a value must be a number, such as float",
+            r"value is of type Tensor; it must be a number, such as float",
         ),
         ([Grade("1")] * 2, TypeError, "value is of type str"),
+        ([Grade(1.0, parts={"format": "yes"})] * 2, TypeError, "part 'format' is of type str; it must be a number"),
+        ([Grade(1.0, parts={"format": math.nan})] * 2, ValueError, "a part must be finite, or left out"),
+        (
+            [Grade(1.0, parts={"mean": 1.0})] * 2,
+            ValueError,
+            "'mean' would be logged as reward/mean; .*not mean or",
+        ),
+        ([Grade(1.0, parts={"a b": 1.0})] * 2, ValueError, "'a b' would be logged as reward/a b; name it with letters"),
         ([Grade(1.0, 7)] * 2, TypeError, r"answer is of type int; an answer must be text.*str\(answer\)"),
     ],
 )
 def test_what_is_no_grade_is_refused_with_the_reward_s_name(grades: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^Gives.grade returned .*{message}"):
         graded(Gives(grades))
+
+
+def test_parts_are_logged_as_means_over_the_completions_that_have_them() -> None:
+    given = [Grade(0.0, parts={"format": np.float32(0.5), "length": 3}), Grade(None, parts={"format": True})]
+    rollouts = RolloutCollector(None, Gives(given)).grade(PROMPTS, COMPLETIONS)  # type: ignore[arg-type]
+    metrics = rollout_metrics(rollouts)
+    assert {key: value for key, value in metrics.items() if key.startswith("reward/")} == {
+        "reward/mean": 0.0,
+        "reward/std": 0.0,
+        "reward/format": 0.75,
+        "reward/length": 3.0,
+    }
+
+
+def test_a_function_may_give_parts_beside_its_score() -> None:
+    answers = iter([{"score": 0.25, "format": 1.0}, {"score": None, "format": 0.0}])
+    first, second = graded(FunctionReward(lambda *_: next(answers)))
+    assert (first.value, first.parts) == (0.25, {"format": 1.0})
+    assert (second.value, second.cause, second.parts) == (None, "undecided", {"format": 0.0})
+    with pytest.raises(TypeError, match=r"returned \{'format': 1.0\}; of a mapping the reward is called 'score'"):
+        graded(FunctionReward(lambda *_: {"format": 1.0}))
 
 
 @pytest.mark.filterwarnings("error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -21,8 +21,9 @@ class FunctionReward(Reward):
     r"""The reward that a function returns for (completion, reference, prompt).
 
     The function runs in this process, without a time limit. It returns a finite number, or ``None`` for a completion
-    that it cannot decide, which then teaches nothing (``Grade.cause`` "undecided"). What it raises is not caught: an
-    error in a reward must not pass for hard data.
+    that it cannot decide, which then teaches nothing (``Grade.cause`` "undecided"); or a mapping with either of them as
+    "score" and further numbers, which are logged (``Grade.parts``). What it raises is not caught: an error in a reward
+    must not pass for hard data.
 
     Args:
         function: the function, or where to import it from, ``"package.module:name"``.
@@ -34,7 +35,11 @@ class FunctionReward(Reward):
             is async, or its parameters are verl's; or the pattern does not compile or has more than one group.
     """
 
-    def __init__(self, function: str | Callable[[str, str, str], float | None], pattern: str | None = None) -> None:
+    def __init__(
+        self,
+        function: str | Callable[[str, str, str], float | Mapping[str, float | None] | None],
+        pattern: str | None = None,
+    ) -> None:
         self.function = _load(function) if isinstance(function, str) else function
         self.name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if not callable(self.function):
@@ -46,7 +51,7 @@ class FunctionReward(Reward):
         """One grade a completion, in order.
 
         Raises:
-            TypeError: the function returned something other than a number or ``None``.
+            TypeError: the function returned something other than a number, ``None``, or a mapping with "score".
             ValueError: it returned a number that is not finite, or the three sequences differ in length.
         """
         return [self._grade(*row) for row in zip(completions, references, prompts, strict=True)]
@@ -54,21 +59,30 @@ class FunctionReward(Reward):
     def _grade(self, completion: str, reference: str, prompt: str) -> Grade:
         value = self.function(completion, reference, prompt)
         answer = self._answer(completion)
+        parts: dict[str, Any] = {}
+        if isinstance(value, Mapping):
+            parts = dict(value)
+            if "score" not in parts:
+                raise TypeError(
+                    f"reward function {self.name} returned {value!r}; of a mapping the reward is called 'score', and "
+                    "there is none"
+                )
+            value = parts.pop("score")
         if value is None:
-            return Grade(None, answer, "undecided")
+            return Grade(None, answer, "undecided", parts)
         if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
             value = value.item()
         if not isinstance(value, Real):
             raise TypeError(
                 f"reward function {self.name} returned {value!r} of type {type(value).__name__}; "
-                "it must return a number, or None for a completion it cannot decide"
+                "it must return a number, None for a completion it cannot decide, or a mapping with either as 'score'"
             )
         if not math.isfinite(value):
             raise ValueError(
                 f"reward function {self.name} returned {value!r}; a reward must be finite: "
                 "return None for a completion it cannot decide"
             )
-        return Grade(float(value), answer)
+        return Grade(float(value), answer, parts=parts)
 
 
 def _require_call(function: Callable[..., Any], name: str) -> None:

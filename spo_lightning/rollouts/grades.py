@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
@@ -12,6 +13,8 @@ import numpy as np
 
 from spo_lightning.protocols import Reward
 from spo_lightning.types import Grade
+
+OWN_METRICS = ("mean", "std")  # of the values, under reward/
 
 
 def grades_of(
@@ -26,9 +29,10 @@ def grades_of(
         prompts: the problems' texts.
 
     Raises:
-        TypeError: what it gave is no list, or holds something else than grades, their values no numbers or their
-            answers no text.
-        ValueError: grades are missing or too many, or a value is not finite.
+        TypeError: what it gave is no list, or holds something else than grades, their values or parts no numbers or
+            their answers no text.
+        ValueError: grades are missing or too many, a value or part is not finite, or a part has a name that metrics
+            cannot have.
     """
     name, count = f"{type(reward).__name__}.grade", len(completions)
     grades = reward.grade(completions, references, prompts)
@@ -59,16 +63,28 @@ def _checked(grade: object, name: str) -> Grade:
             f"{name} returned {grade!r:.200}, whose answer is of type {type(grade.answer).__name__}; an answer must be "
             "text, or None where there is none: write str(answer)"
         )
+    for part in grade.parts:
+        if part in OWN_METRICS or not re.fullmatch(r"[\w.-]+", str(part)):
+            raise ValueError(
+                f"{name} returned {grade!r:.200}, whose part {part!r} would be logged as reward/{part}; name it with "
+                f"letters, digits and _.-, and not {' or '.join(OWN_METRICS)}"
+            )
+    parts = {str(part): _number(value, f"part {part!r}", grade, name) for part, value in grade.parts.items()}
     if grade.value is None:
-        return grade
-    value = grade.value.item() if isinstance(grade.value, np.generic) else grade.value
+        return replace(grade, parts=parts)
+    return replace(grade, value=_number(grade.value, "value", grade, name), parts=parts)
+
+
+def _number(value: object, what: str, grade: Grade, name: str) -> float:
+    value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, Real):
         raise TypeError(
-            f"{name} returned {grade!r:.200}, whose value is of type {type(grade.value).__name__}; a value must be a "
-            "number, such as float(value), or None for a completion it cannot decide"
+            f"{name} returned {grade!r:.200}, whose {what} is of type {type(value).__name__}; it must be a "
+            "number, such as float(value)" + (", or None for a completion it cannot decide" if what == "value" else "")
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"{name} returned {grade!r:.200}; a value must be finite: give None for a completion it cannot decide"
+            f"{name} returned {grade!r:.200}; a {what.split()[0]} must be finite"
+            + (": give None for a completion it cannot decide" if what == "value" else ", or left out")
         )
-    return replace(grade, value=float(value))
+    return float(value)
