@@ -263,9 +263,10 @@ class SPOModule(LightningModule):
             self.engine, self.reward, self.tool_use, self.ranks, self.stages, self.collection, self.sampling, self.seed
         )
         if stage == "fit":
-            check_calls(self)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_calls(self, data)
             check_trainer(self)
-            check_optimizer(self, self.trainer.datamodule)  # type: ignore[attr-defined]
+            check_optimizer(self, data)
 
     def on_fit_start(self) -> None:
         """Refuse what does not go together, and start the engine; it sleeps while a checkpoint is restored."""

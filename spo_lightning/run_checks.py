@@ -13,7 +13,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from spo_lightning.algorithms import AdvantageEstimator, DriftEstimator, OffPolicyCorrection, PolicyLoss
+from spo_lightning.algorithms import (
+    AdvantageEstimator,
+    DriftEstimator,
+    ForgettingRule,
+    OffPolicyCorrection,
+    PolicyLoss,
+    PromptWeights,
+)
 from spo_lightning.data.prompt_dataset import PromptDataset
 from spo_lightning.errors import ConfigError
 from spo_lightning.intervals import AVERAGE
@@ -55,15 +62,16 @@ def check_engine(module: SPOModule) -> None:
         )
 
 
-def check_calls(module: SPOModule) -> None:
+def check_calls(module: SPOModule, data: SPODataModule) -> None:
     """Refuse parts of the algorithm, of the user's own, that cannot be called as they will be."""
-    for name, base in (
-        ("advantage", AdvantageEstimator),
-        ("correction", OffPolicyCorrection),
-        ("drift", DriftEstimator),
-        ("loss", PolicyLoss),
+    for name, part, base in (
+        ("model.advantage", module.advantage, AdvantageEstimator),
+        ("model.correction", module.correction, OffPolicyCorrection),
+        ("model.drift", module.drift, DriftEstimator),
+        ("model.loss", module.loss, PolicyLoss),
+        ("data.forgetting", data.tracker.forgetting, ForgettingRule),
+        ("data.prompt_weights", data.prompt_weights, PromptWeights),
     ):
-        part = getattr(module, name)
         if part is None:
             continue
         _, *given = inspect.signature(base.__call__).parameters
@@ -72,7 +80,7 @@ def check_calls(module: SPOModule) -> None:
             signature.bind(*given)
         except TypeError as error:
             raise ConfigError(
-                f"model.{name} is {type(part).__name__}, which cannot be called: {error}; it takes {signature} and is "
+                f"{name} is {type(part).__name__}, which cannot be called: {error}; it takes {signature} and is "
                 f"given ({', '.join(given)})"
             ) from error
 
@@ -178,6 +186,12 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
         raise ConfigError(
             f"trainer.check_val_every_n_epoch is set, and trainer.val_check_interval={interval} is more than the "
             f"{iterations} iterations of the run; leave check_val_every_n_epoch null, as a run is one epoch"
+        )
+    if data.benchmarks and module.trainer.limit_val_batches and isinstance(interval, int) and iterations % interval:
+        last = iterations - iterations % interval
+        rank_zero_warn(
+            f"trainer.val_check_interval is {interval} and the run has {iterations} iterations: the final policy is "
+            f"not validated, and {f'the last that is comes after iteration {last}' if last else 'no other is'}"
         )
     check_references(module.reward, {"train": data.dataset, **data.benchmark_prompts})
     _check_collection(module, data)

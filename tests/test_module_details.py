@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
 
-from spo_lightning.algorithms import AdvantageEstimator, PolicyLoss, TokenNormalized
+from spo_lightning.algorithms import AdvantageEstimator, ForgettingRule, PolicyLoss, PromptWeights, TokenNormalized
 from spo_lightning.callbacks.checkpoint import IterationCheckpoint
 from spo_lightning.data import Benchmark, DrawValues, PromptSource, ValueFile, ValueRow, write_values
 from spo_lightning.errors import ConfigError
@@ -444,6 +444,50 @@ def test_parts_of_an_algorithm_that_cannot_be_called_are_refused_before_anything
     assert not hasattr(module, "policy")
     trainer, module, data = make_run(tmp_path, advantage=OpenAdvantage(), correction=None)
     trainer.fit(module, data)
+
+
+class TwoValuedRule(ForgettingRule):
+    def __call__(self, drift, age):
+        return drift
+
+
+class OwnWeights(PromptWeights):
+    def __call__(self, value, index):
+        return value
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"forgetting": TwoValuedRule()}, r"data.forgetting is TwoValuedRule.*\(drift, age\) and is given \(drift\)"),
+        (
+            {"prompt_weights": OwnWeights()},
+            r"data.prompt_weights is OwnWeights, .*missing a required argument: 'index'",
+        ),
+    ],
+)
+def test_parts_of_the_curriculum_that_cannot_be_called_are_refused_too(tmp_path, part, message):
+    trainer, module, data = make_run(tmp_path, data=part)
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit(module, data)
+
+
+@pytest.mark.parametrize(("interval", "iterations"), [(2, 3), (2, 4), (3, 3), (4, 3)])
+def test_a_final_policy_that_nobody_validates_is_warned_of(tmp_path, interval, iterations, recwarn):
+    """With an interval beyond the end there is no validation at all."""
+    write_inputs(tmp_path)
+    benchmarks = {"b": Benchmark(PromptSource(str(tmp_path / "train.jsonl"), id_column="id"))}
+    settings = {"benchmarks": benchmarks, "num_iterations": iterations}
+    trainer, module, data = make_run(tmp_path, data=settings, trainer={"val_check_interval": interval})
+    trainer.fit(module, data)
+    validated = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed > 0
+    warned = [str(w.message) for w in recwarn if "the final policy is not" in str(w.message)]
+    if iterations % interval:
+        (message,) = warned
+        assert message.endswith("that is comes after iteration 2" if iterations > interval else "and no other is")
+        assert validated == (iterations > interval)
+    else:
+        assert not warned and validated
 
 
 class Returns(PolicyLoss):
