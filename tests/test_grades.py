@@ -107,6 +107,20 @@ def test_a_function_may_give_parts_beside_its_score() -> None:
         graded(FunctionReward(lambda *_: {"format": 1.0}))
 
 
+def test_of_a_function_s_parts_only_numbers_are_kept() -> None:
+    """As of verl's functions, which also return the answer that they found."""
+    given = {"score": torch.tensor(-1.0), "acc": torch.tensor(False), "pred": "[INVALID]", "steps": None}
+    grade, _ = graded(FunctionReward(lambda *_: given))
+    assert (grade.value, grade.parts) == (-1.0, {"acc": 0.0})
+    assert set(given) == {"score", "acc", "pred", "steps"}
+
+
+@pytest.mark.parametrize("parts", [None, ["format"]])
+def test_parts_that_are_no_mapping_are_refused(parts: Any) -> None:
+    with pytest.raises(TypeError, match=r"Gives.grade returned .* whose parts are of type .*; they must be a mapping"):
+        graded(Gives([Grade(1.0, parts=parts)] * 2))
+
+
 @pytest.mark.filterwarnings("error")
 def test_an_async_grade_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Awaited.grade is async; write it as a plain method"):

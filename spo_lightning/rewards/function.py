@@ -22,8 +22,8 @@ class FunctionReward(Reward):
 
     The function runs in this process, without a time limit. It returns a finite number, or ``None`` for a completion
     that it cannot decide, which then teaches nothing (``Grade.cause`` "undecided"); or a mapping with either of them as
-    "score" and further numbers, which are logged (``Grade.parts``). What it raises is not caught: an error in a reward
-    must not pass for hard data.
+    "score" and further numbers, which are logged (``Grade.parts``), and texts and ``None``, which are not. What it
+    raises is not caught: an error in a reward must not pass for hard data.
 
     Args:
         function: the function, or where to import it from, ``"package.module:name"``.
@@ -37,7 +37,7 @@ class FunctionReward(Reward):
 
     def __init__(
         self,
-        function: str | Callable[[str, str, str], float | Mapping[str, float | None] | None],
+        function: str | Callable[[str, str, str], float | Mapping[str, Any] | None],
         pattern: str | None = None,
     ) -> None:
         self.function = _load(function) if isinstance(function, str) else function
@@ -61,17 +61,20 @@ class FunctionReward(Reward):
         answer = self._answer(completion)
         parts: dict[str, Any] = {}
         if isinstance(value, Mapping):
-            parts = dict(value)
-            if "score" not in parts:
+            if "score" not in value:
                 raise TypeError(
                     f"reward function {self.name} returned {value!r}; of a mapping the reward is called 'score', and "
                     "there is none"
                 )
-            value = parts.pop("score")
+            parts = {
+                name: _plain(part)
+                for name, part in value.items()
+                if name != "score" and not isinstance(part, str | None)
+            }
+            value = value["score"]
         if value is None:
             return Grade(None, answer, "undecided", parts)
-        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
-            value = value.item()
+        value = _plain(value)
         if not isinstance(value, Real):
             raise TypeError(
                 f"reward function {self.name} returned {value!r} of type {type(value).__name__}; "
@@ -83,6 +86,11 @@ class FunctionReward(Reward):
                 "return None for a completion it cannot decide"
             )
         return Grade(float(value), answer, parts=parts)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as one of Python."""
+    return value.item() if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0) else value
 
 
 def _require_call(function: Callable[..., Any], name: str) -> None:

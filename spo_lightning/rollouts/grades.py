@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 
@@ -62,6 +62,11 @@ def _checked(grade: object, name: str) -> Grade:
         raise TypeError(
             f"{name} returned {grade!r:.200}, whose answer is of type {type(grade.answer).__name__}; an answer must be "
             "text, or None where there is none: write str(answer)"
+        )
+    if not isinstance(grade.parts, Mapping):
+        raise TypeError(
+            f"{name} returned {grade!r:.200}, whose parts are of type {type(grade.parts).__name__}; they must be a "
+            "mapping of names to numbers, {} where there are none"
         )
     for part in grade.parts:
         if part in OWN_METRICS or not re.fullmatch(r"[\w.-]+", str(part)):
