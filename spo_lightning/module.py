@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from spo_lightning.algorithms import (
     AdvantageEstimator,
@@ -240,7 +241,10 @@ class SPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule of the configuration."""
-        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        try:
+            optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        except ValueError as error:
+            raise ConfigError(f"model.optimizer refuses the policy's parameters: {error}") from error
         if type(optimizer).__module__.startswith("bitsandbytes") and is_sharding(self.trainer.strategy):
             raise ConfigError(
                 f"model.optimizer is {type(optimizer).__name__} of bitsandbytes, which cannot step what FSDP2 shards, "
@@ -352,7 +356,21 @@ class SPOModule(LightningModule):
     @property
     def optimizer_name(self) -> str:
         """Class of the configured optimizer."""
-        return type(self.optimizer_factory([torch.nn.Parameter(torch.zeros(1, 1))])).__name__
+        return type(self.try_optimizer()).__name__
+
+    def try_optimizer(self) -> Optimizer:
+        """The configured optimizer, of parameters of its own: a matrix and a vector, or only the first.
+
+        Raises:
+            ValueError: it refuses its arguments.
+        """
+        matrix, vector = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((1, 1), (1,)))
+        try:
+            return self.optimizer_factory([matrix, vector])
+        except ValueError as error:
+            with suppress(ValueError):
+                return self.optimizer_factory([matrix])
+            raise error
 
     def export(self, directory: str | Path) -> Path:
         """Write the policy as a Hugging Face folder; returns its path. Called by all ranks, rank 0 writes."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -130,10 +129,10 @@ def check_trainer(module: SPOModule) -> None:
 def check_optimizer(module: SPOModule, data: SPODataModule) -> None:
     """Refuse arguments that optimizer or schedule refuse, and a schedule that ends before the run does.
 
-    Both are tried on a parameter of their own, before the policy is loaded.
+    Both are tried on parameters of their own, before the policy is loaded.
     """
     try:
-        optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1, 1))])
+        optimizer = module.try_optimizer()
     except ValueError as error:
         raise ConfigError(f"model.optimizer refuses its arguments: {error}") from error
     if module.lr_scheduler_factory is None:
@@ -146,7 +145,8 @@ def check_optimizer(module: SPOModule, data: SPODataModule) -> None:
         raise ConfigError(
             "lr_scheduler is ReduceLROnPlateau, which needs a monitored metric; take one that goes by steps"
         )
-    steps = data.num_iterations * min(module.num_minibatches, data.batch_size)
+    iterations = _iterations(module, data)
+    steps = iterations * min(module.num_minibatches, data.batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps that the optimizer has not taken
         for done in range(min(steps, MOST_STEPS_TRIED)):
@@ -155,8 +155,8 @@ def check_optimizer(module: SPOModule, data: SPODataModule) -> None:
             except ValueError as error:
                 raise ConfigError(
                     f"model.lr_scheduler is {type(scheduler).__name__}, which goes no further than {done} optimiser "
-                    f"steps, and data.num_iterations {data.num_iterations} with model.num_minibatches "
-                    f"{module.num_minibatches} takes {steps}; give it so many ({error})"
+                    f"steps, and {iterations} iterations with model.num_minibatches {module.num_minibatches} take "
+                    f"{steps}; give it so many ({error})"
                 ) from error
 
 
@@ -180,8 +180,7 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
             f"the ranks begin at iterations {begins}: not all of them found the same checkpoint; put "
             "trainer.default_root_dir on a file system that all nodes share"
         )
-    interval, limit = module.trainer.val_check_interval, module.trainer.limit_train_batches
-    iterations = min(data.num_iterations, limit if isinstance(limit, int) else int(limit * data.num_iterations))
+    interval, iterations = module.trainer.val_check_interval, _iterations(module, data)
     if module.trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > iterations:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch is set, and trainer.val_check_interval={interval} is more than the "
@@ -210,6 +209,12 @@ def check_run(module: SPOModule, data: SPODataModule, begins: Sequence[int]) -> 
             "model.policy.dtype is bfloat16: steps smaller than about 1/256 of a weight are rounded away, which is "
             "most of them at the learning rates of RL; use float32 with trainer.precision bf16-mixed"
         )
+
+
+def _iterations(module: SPOModule, data: SPODataModule) -> int:
+    """Iterations of the run, which ``trainer.limit_train_batches`` may shorten."""
+    limit = module.trainer.limit_train_batches
+    return min(data.num_iterations, limit if isinstance(limit, int) else int(limit * data.num_iterations))
 
 
 def check_resume(module: SPOModule, data: SPODataModule, checkpoint: Mapping[str, Any]) -> None:

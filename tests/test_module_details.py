@@ -796,7 +796,7 @@ def test_settings_of_the_trainer_that_are_the_modules_are_refused_by_name(tmp_pa
         ),
         (
             {"lr_scheduler": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=5)},
-            "is OneCycleLR, which goes no further than 5 optimiser steps, .* takes 6; give it so many",
+            "is OneCycleLR, which goes no further than 5 optimiser steps, .* take 6; give it so many",
         ),
     ],
 )
@@ -812,3 +812,35 @@ def test_a_schedule_that_lasts_as_long_as_the_run_trains(tmp_path):
     trainer, module, data = make_run(tmp_path, lr_scheduler=schedule)
     trainer.fit(module, data)
     assert module.iterations_done == 3
+
+
+def test_a_schedule_may_end_where_the_trainer_ends_the_run(tmp_path):
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4)
+    trainer, module, data = make_run(tmp_path, lr_scheduler=schedule, trainer={"limit_train_batches": 2})
+    trainer.fit(module, data)
+    assert module.iterations_done == 2
+
+
+def test_what_an_optimizer_refuses_of_the_policy_is_named(tmp_path):
+    trainer, module, data = make_run(tmp_path, optimizer=partial(torch.optim.Muon, lr=1e-3))
+    assert module.optimizer_name == "Muon"  # which takes the matrices of LoRA
+    with pytest.raises(ConfigError, match="model.optimizer refuses the policy's parameters: Muon only supports 2D"):
+        trainer.fit(module, data)
+    module.optimizer_factory = partial(torch.optim.Muon, lr=-1.0)
+    with pytest.raises(ValueError, match="Learning rate should be >= 0 but is: -1.0"):
+        module.try_optimizer()
+
+
+class ByShape(torch.optim.AdamW):
+    """Muon for matrices and AdamW for the rest, as many have it; each refuses to be of nothing."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        self.matrices = torch.optim.Muon([p for p in params if p.ndim == 2], lr=lr)
+        super().__init__([p for p in params if p.ndim != 2], lr=lr)
+
+
+def test_an_optimizer_that_wants_matrices_and_vectors_trains(tmp_path):
+    trainer, module, data = make_run(tmp_path, optimizer=partial(ByShape, lr=1e-3), data={"num_iterations": 1})
+    trainer.fit(module, data)
+    assert module.optimizer_name == "ByShape" and module.iterations_done == 1
