@@ -296,7 +296,7 @@ def tracking_uri_of(given: str | None) -> str:
 
 def uri_problem(uri: str) -> str | None:
     """What is wrong with ``uri`` as a tracking server or data base."""
-    if ":" in uri or uri == "databricks":
+    if urlsplit(uri).scheme or uri == "databricks":
         return None
     return f"tracking_uri is {uri!r}; it must be a URI, as {DEFAULT_TRACKING_URI} or http://localhost:5000"
 

@@ -167,6 +167,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         (("empty",), "of 0 runs none is a finished training run"),
         (("trial", "--tracking_uri", "sqlite:///none.db"), "but there is no file"),
         (("trial", "--tracking_uri", "none.db"), "tracking_uri is 'none.db'; it must be a URI"),
+        (("trial", "--tracking_uri", "10.0.0.5:5000"), "tracking_uri is '10.0.0.5:5000'; it must be a URI"),
     ],
 )
 def test_mistakes_end_with_a_remedy(
