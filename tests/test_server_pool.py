@@ -276,6 +276,46 @@ async def test_an_answer_that_is_not_vllms_takes_a_server_out_of_use_until_it_is
         assert len(await drain(pool)) == 6
 
 
+class OtherServer(FakeServer):
+    """Speaks the routes, of another form, while ``odd`` is set."""
+
+    odd: dict[str, dict[str, Any]] | None = None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return await super()._models(request) if self.odd is None else web.json_response(self.odd["models"])
+
+    async def _sizes(self, request: web.Request) -> web.Response:
+        return await super()._sizes(request) if self.odd is None else web.json_response(self.odd["sizes"])
+
+    async def _call(self, request: web.Request) -> web.Response:
+        answer = await super()._call(request)
+        return answer if self.odd is None or not self.odd["results"] else web.json_response(self.odd["results"])
+
+
+MODELS, SIZES = {"data": [{"id": "policy", "max_model_len": 9}]}, {"world_size": 1}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"models": {"data": [{"id": "policy"}]}, "results": {}, "sizes": SIZES},
+        {"models": MODELS, "results": {"results": []}, "sizes": SIZES},
+        {"models": MODELS, "results": {"results": [{}]}, "sizes": SIZES},
+        {"models": MODELS, "results": {}, "sizes": {"world_size": None}},
+    ],
+    ids=["no length", "no worker", "a worker that tells nothing", "no size"],
+)
+@on_a_loop
+async def test_a_server_that_tells_of_itself_in_another_form_is_not_used_until_it_is_vllm(odd: dict[str, Any]) -> None:
+    server = OtherServer()
+    server.odd = odd
+    async with pool_of(server) as pool:
+        await until(lambda: "did not answer as vLLM does" in pool.causes())
+        server.odd = None
+        ask(pool, range(3), tokens=20)
+        assert len(await drain(pool)) == 3
+
+
 @on_a_loop
 async def test_two_pushes_of_one_version_are_both_made(tmp_path: Path) -> None:
     server = FakeServer()

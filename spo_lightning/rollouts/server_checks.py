@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from spo_lightning.errors import ConfigError
-from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable
+from spo_lightning.rollouts.server_client import LOADING, ServerClient, ServerRefused, ServerUnavailable, expecting_vllm
 from spo_lightning.rollouts.server_weights import WeightLink
 from spo_lightning.rollouts.weight_group import TRANSFER_BACKEND
 
@@ -55,9 +55,13 @@ class ServerCheck:
         """Ask a server, and tell it which tokens there are.
 
         Raises:
-            ServerUnavailable: it does not answer.
+            ServerUnavailable: it does not answer, or not as vLLM does.
             ServerRefused: it is not fit; lists every problem.
         """
+        with expecting_vllm("what it tells of itself"):
+            return await self._ask(client)
+
+    async def _ask(self, client: ServerClient) -> Limits:
         served = await client.served_models()
         found = await client.describe()
         problems = []

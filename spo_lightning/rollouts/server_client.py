@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,10 +217,12 @@ class ServerClient:
 
     async def _raise_weight_problem(self) -> None:
         results = await self._call("POST", "/collective_rpc", {"method": "spo_weight_problem"}, field="results")
-        found = [result for result in results if result["problem"]]
-        if found:
+        with expecting_vllm("/collective_rpc"):
+            found = [result for result in results if result["problem"]]
             text = "; ".join(sorted({result["problem"] for result in found}))
-            raise ServerUnavailable(text) if all(result["lost"] for result in found) else ServerRefused(text)
+            lost = all(result["lost"] for result in found)
+        if found:
+            raise ServerUnavailable(text) if lost else ServerRefused(text)
 
     async def _name_weights(self, version: str) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": version})
@@ -234,13 +237,28 @@ class ServerClient:
     ) -> Any:
         """Send a request that has a short answer; a field of it, or all."""
         limit = aiohttp.ClientTimeout(total=timeout or self._answer_timeout, sock_connect=CONNECT_TIMEOUT)
+        route = path.partition("?")[0]
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=limit) as response:
-                await _check(response)
-                answer = await response.json()
-                return answer if field is None else answer[field]
-        except (aiohttp.ClientError, OSError, TimeoutError, *NOT_FROM_VLLM) as error:
-            raise ServerUnavailable(f"{path.partition('?')[0]}: {_text(error)}") from error
+                with expecting_vllm(route):
+                    await _check(response)
+                    answer = await response.json()
+                    return answer if field is None else answer[field]
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise ServerUnavailable(f"{route}: {_text(error)}") from error
+
+
+@contextmanager
+def expecting_vllm(what: str) -> Iterator[None]:
+    """Around the reading of an answer: one of another form than vLLM's is that of a server that is not to be used.
+
+    Raises:
+        ServerUnavailable: it has another form.
+    """
+    try:
+        yield
+    except NOT_FROM_VLLM as error:
+        raise ServerUnavailable(f"{what} did not answer as vLLM does: {_text(error)}") from error
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:
