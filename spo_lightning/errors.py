@@ -25,9 +25,9 @@ def raise_problems(owner: str, problems: Sequence[str], error: type[ValueError] 
 
 
 def below(least: int, **values: int | None) -> list[str]:
-    """The problems of settings, by name, that are less than ``least``; one that is ``None`` is not set."""
+    """The problems of settings, by name, that are ``None`` or less than ``least``."""
     return [
         f"{name} is {value}; it must be at least {least}"
         for name, value in values.items()
-        if value is not None and value < least
+        if value is None or value < least
     ]

@@ -152,3 +152,8 @@ def test_stop_string_work_stays_bounded() -> None:
         ids.append(rng.randrange(2, 12))
         assert not watcher.found(ids)
     assert longest <= 100
+
+
+def test_completions_need_a_limit() -> None:
+    with pytest.raises(ValueError, match="bad sampling parameters: max_tokens is None; it must be at least 1"):
+        SamplingParams(max_tokens=None)  # type: ignore[arg-type]

@@ -32,7 +32,9 @@ class Benchmark:
     problems_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        problems = below(1, num_samples=self.num_samples, problems_per_batch=self.problems_per_batch)
+        problems = below(1, num_samples=self.num_samples)
+        if self.problems_per_batch is not None:
+            problems += below(1, problems_per_batch=self.problems_per_batch)
         raise_problems(f"bad benchmark {self.source.path!r}", problems)
 
 
