@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import warnings
+from collections import defaultdict
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers.logger import Logger
 from test_module import KeepsPolicies, Poisoned
 from transformers import AutoModelForCausalLM
 
@@ -844,3 +846,56 @@ def test_an_optimizer_that_wants_matrices_and_vectors_trains(tmp_path):
     trainer, module, data = make_run(tmp_path, optimizer=partial(ByShape, lr=1e-3), data={"num_iterations": 1})
     trainer.fit(module, data)
     assert module.optimizer_name == "ByShape" and module.iterations_done == 1
+
+
+class Lines(Logger):
+    """Keeps what is logged, by step."""
+
+    name = version = "lines"
+
+    def __init__(self):
+        super().__init__()
+        self.by_step = defaultdict(dict)
+
+    def log_metrics(self, metrics, step=None):
+        self.by_step[step] |= metrics
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+class Falters(Reward):
+    """Decides nothing in the second of three iterations, and tells of each one in its own words."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def grade(self, completions, references, prompts):
+        self.calls += 1
+        if self.calls == 2:
+            return [Grade(None, cause="timeout")] * len(completions)
+        return [Grade(i % 2, parts={f"call_{self.calls}": 1.0}) for i in range(len(completions))]
+
+
+class LogsOnce(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch.iteration == 0:
+            module.log("my/first", 1.0)
+
+
+def test_what_an_iteration_does_not_have_is_not_logged_of_it(tmp_path):
+    lines = Lines()
+    trainer, module, data = make_run(tmp_path, trainer={"logger": lines}, callbacks=[LogsOnce()])
+    module.reward = Falters()
+    trainer.fit(module, data)
+    names = {
+        "reward/mean": {0, 2},
+        "reward/call_1": {0},
+        "reward/call_3": {2},
+        "verifier/timeout": {1},
+        "policy/loss": {0, 2},
+        "my/first": {0},
+        "completions/mean_length": {0, 1, 2},
+        "tracker/value_mean": {0, 1, 2},
+    }
+    assert {name: {step for step, line in lines.by_step.items() if name in line} for name in names} == names
