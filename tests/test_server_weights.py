@@ -28,7 +28,7 @@ from spo_lightning.rollouts.server_broadcast import BroadcastSettings, Broadcast
 from spo_lightning.rollouts.server_files import FileTransfer
 from spo_lightning.rollouts.server_requests import request_body
 from spo_lightning.rollouts.server_weights import PushedWeights, WeightLayout, WeightTransfer
-from spo_lightning.rollouts.vllm_weights import hide_tokens, renew_packed
+from spo_lightning.rollouts.vllm_weights import CheckedStream, hide_tokens, renew_packed
 from spo_lightning.rollouts.weights import fitting
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.types import RolloutRequest, SamplingParams
@@ -155,6 +155,27 @@ def test_a_stream_is_read_to_its_end_whatever_goes_wrong(model, tmp_path, monkey
     with pytest.raises(KeyError, match="no such"):
         transfer.write(stream, "0")
     assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("broken", ["saved_form", "first"])
+def test_a_stream_for_vllm_is_read_to_its_end_and_keeps_the_first_that_went_wrong(model, tmp_path, broken: str) -> None:
+    parameters = layout_of(tmp_path).parameters
+
+    def fail(*_: Any) -> Any:
+        raise KeyError("no such")
+
+    wrong = {"saved_form": fail} if broken == "saved_form" else {"first": SimpleNamespace(items=lambda: [], get=fail)}
+    source = iter([*model.named_parameters(), ("unknown", torch.zeros(1))])
+    stream = CheckedStream(source, SimpleNamespace(**{**attributes_of(parameters), **wrong}))
+    assert list(stream) == []
+    stream.drain()
+    assert next(source, None) is None
+    with pytest.raises(KeyError, match="no such"):
+        stream.check()
+
+
+def attributes_of(parameters: PolicyParameters) -> dict[str, Any]:
+    return {name: getattr(parameters, name) for name in ("first", "shapes", "model_name", "saved_form")}
 
 
 TEXT = {

@@ -6,6 +6,7 @@ the model's configuration on its way, and vLLM always sees it end well; what was
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,11 +29,12 @@ class CheckedStream:
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], expected: PolicyParameters) -> None:
+        self._source = iter(named_parameters)
         self._expected = expected
         self._tied_names = {first for name, first in expected.first.items() if first != name}
         self._tied: dict[str, Tensor] = {}
         model = f"the engine's {expected.model_name}"
-        self._fitting = fitting(named_parameters, model, expected.first, expected.shapes, self._holds)
+        self._fitting = fitting(self._source, model, expected.first, expected.shapes, self._holds)
         self._failure: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -42,12 +44,13 @@ class CheckedStream:
                     self._tied[name] = value
                 yield from self._expected.saved_form(name, value).items()
         except Exception as error:  # kept from vLLM, whose half-done reload would spoil the next one; see ``check``
-            self._failure = error
+            self._failure = self._failure or error
 
     def drain(self) -> None:
         """Read the stream to its end, so that a producer that runs collectives is in step on every rank."""
         for _ in self:
             pass
+        deque(self._source, maxlen=0)  # where the comparison itself failed
 
     def check(self) -> None:
         """Report what was wrong, once the stream has ended.
