@@ -78,6 +78,7 @@ def test_any_real_number_becomes_a_float(value: Any, expected: float) -> None:
             "'mean' would be logged as reward/mean; .*not mean or",
         ),
         ([Grade(1.0, parts={"a b": 1.0})] * 2, ValueError, "'a b' would be logged as reward/a b; name it with letters"),
+        ([Grade(1.0, parts={"..": 1.0})] * 2, ValueError, "'..' would be logged as reward/..; name it with letters"),
         ([Grade(1.0, 7)] * 2, TypeError, r"answer is of type int; an answer must be text.*str\(answer\)"),
     ],
 )

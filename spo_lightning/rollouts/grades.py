@@ -69,10 +69,10 @@ def _checked(grade: object, name: str) -> Grade:
             "mapping of names to numbers, {} where there are none"
         )
     for part in grade.parts:
-        if part in OWN_METRICS or not re.fullmatch(r"[\w.-]+", str(part)):
+        if part in OWN_METRICS or not re.fullmatch(r"\w[\w.-]*", str(part)):
             raise ValueError(
                 f"{name} returned {grade!r:.200}, whose part {part!r} would be logged as reward/{part}; name it with "
-                f"letters, digits and _.-, and not {' or '.join(OWN_METRICS)}"
+                f"letters, digits and _.-, beginning with a letter or digit, and not {' or '.join(OWN_METRICS)}"
             )
     parts = {str(part): _number(value, f"part {part!r}", grade, name) for part, value in grade.parts.items()}
     if grade.value is None:
