@@ -17,7 +17,14 @@ from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.micro_batches import MicroBatch, MicroBatching
 
 Backward = Callable[[Tensor, bool], None]
-OWN_METRICS = ("policy/loss", "policy/entropy", "policy/grad_norm", "optimizer/lr", "perf/padding_fraction")
+OWN_METRICS = (
+    "policy/loss",
+    "policy/entropy",
+    "policy/grad_norm",
+    "policy/skipped_steps",
+    "optimizer/lr",
+    "perf/padding_fraction",
+)
 
 
 def _logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:

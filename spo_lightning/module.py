@@ -391,11 +391,8 @@ class SPOModule(LightningModule):
         start = time.perf_counter()
         # By this the trainer counts the steps of loggers; a resume with another validation interval would shift them.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = batch.iteration
-        for logged_in in (
-            "training_step",
-            "on_train_batch_end",
-        ):  # or what this iteration does not have is logged again
-            self.trainer.fit_loop._results.reset(fx=logged_in)
+        for hook in ("training_step", "on_train_batch_end"):  # or what this iteration does not have is logged again
+            self.trainer.fit_loop._results.reset(fx=hook)
         self.stages.reset()
         seed_iteration(self.seed, batch.iteration, self.global_rank)
         self.policy_version = batch.iteration
