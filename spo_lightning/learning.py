@@ -22,7 +22,7 @@ from spo_lightning.experience import (
     rewards,
 )
 from spo_lightning.iteration_metrics import learning_metrics, mismatch_metrics
-from spo_lightning.learner import accumulate_gradient
+from spo_lightning.passes import accumulate_gradient
 from spo_lightning.rollouts.batch_collector import CollectedBatch
 from spo_lightning.seeding import SeedStream, derive_seed
 from spo_lightning.sharding import clip_gradient, gradient_norm

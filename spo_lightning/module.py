@@ -51,12 +51,12 @@ from spo_lightning.iteration_metrics import (
     timing_metrics,
     tool_metrics,
 )
-from spo_lightning.learner import score
 from spo_lightning.learning import learn
 from spo_lightning.logger import SPOMLFlowLogger
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.nonfinite import NonFiniteGuard
 from spo_lightning.packing import has_packing_kernels, keeps_sequences_apart
+from spo_lightning.passes import score
 from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
 from spo_lightning.protocols import EngineContext, Reward, RolloutEngine
@@ -439,7 +439,7 @@ class SPOModule(LightningModule):
         )
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """Log-probability of every sampled token under the present policy; see ``learner.score``."""
+        """Log-probability of every sampled token under the present policy; see ``passes.score``."""
         return score(self.policy, sequences, self.micro_batching, self.ranks)
 
     def add_gradient(self, loss: Tensor, last: bool) -> None:

@@ -35,10 +35,10 @@ from spo_lightning.data.loaders import Benchmark
 from spo_lightning.data.sources import PromptSource
 from spo_lightning.data.value_start import DrawValues
 from spo_lightning.distributed import Ranks
-from spo_lightning.learner import _release
 from spo_lightning.lora import LoraSettings
 from spo_lightning.memory_trace import LiveBytes
 from spo_lightning.nonfinite import _not_finite
+from spo_lightning.passes import _release
 from spo_lightning.policy import plain_name
 from spo_lightning.protocols import RolloutEngine
 from spo_lightning.rollouts.transformers_engine import TransformersEngine

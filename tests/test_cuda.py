@@ -19,8 +19,8 @@ from transformers.utils import is_flash_attn_2_available
 from spo_lightning.algorithms import linear_logprobs
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import TokenSequence
-from spo_lightning.learner import score
 from spo_lightning.micro_batches import MicroBatching
+from spo_lightning.passes import score
 from spo_lightning.policy import Policy
 
 import cuda_ranks

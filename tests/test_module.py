@@ -11,8 +11,8 @@ from spo_lightning.algorithms import AdvantageEstimator, PPOClipLoss, UniformWei
 from spo_lightning.callbacks import RunSummary
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import TokenSequence
-from spo_lightning.learner import score
 from spo_lightning.nonfinite import NonFiniteError
+from spo_lightning.passes import score
 from spo_lightning.types import SamplingParams
 
 from runs import Recorder, digit_share, make_run

@@ -16,8 +16,8 @@ from spo_lightning.algorithms.off_policy import Level
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
 from spo_lightning.iteration_metrics import mismatch_metrics
-from spo_lightning.learner import accumulate_gradient
 from spo_lightning.micro_batches import MicroBatching
+from spo_lightning.passes import accumulate_gradient
 from spo_lightning.policy import Policy
 
 from tiny_models import make_model
@@ -238,7 +238,7 @@ def test_token_ratios_do_so_where_a_completion_is_one_token() -> None:
     torch.testing.assert_close(torch.autograd.grad(-loss, policy)[0], wanted, rtol=1e-12, atol=1e-15)
 
 
-# In the learner, on a real model in float64.
+# In an update, on a real model in float64.
 
 SHAPES = [(3, "ssss"), (5, "ssffss"), (1, "s"), (4, "fsssssss"), (2, "sssss")]
 TEMPERATURE = 0.7
@@ -312,7 +312,7 @@ def learn(
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("known", [True, False], ids=["old", "own"])
 @pytest.mark.parametrize(("max_tokens", "packed"), [(12, False), (24, True), (1000, False), (1000, True)])
-def test_the_learner_weighs_tokens_whatever_the_micro_batch(
+def test_an_update_weighs_tokens_whatever_the_micro_batch(
     policy: Policy, batch: Experience, level: Level, known: bool, max_tokens: int, packed: bool
 ) -> None:
     batch = batch if known else replace(batch, old_logprobs=None)

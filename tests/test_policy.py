@@ -23,8 +23,8 @@ from spo_lightning.algorithms import PPOClipLoss
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.experience import Experience, TokenSequence
-from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.micro_batches import MicroBatching
+from spo_lightning.passes import accumulate_gradient, score
 from spo_lightning.policy import Policy, PolicyConfig
 from spo_lightning.policy_files import eos_token_ids, export_policy, load_policy, load_tokenizer
 from spo_lightning.sharding import full_state

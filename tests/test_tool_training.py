@@ -18,8 +18,8 @@ from spo_lightning.data.sources import PromptSource
 from spo_lightning.distributed import Ranks
 from spo_lightning.errors import ConfigError
 from spo_lightning.experience import PreviousCompletions, TokenSequence, build_experience, build_outcome
-from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.micro_batches import MicroBatching
+from spo_lightning.passes import accumulate_gradient, score
 from spo_lightning.policy import PolicyConfig
 from spo_lightning.policy_files import load_policy
 from spo_lightning.rollouts import TransformersEngine

@@ -1,4 +1,4 @@
-"""Scoring and updating the policy on one iteration's experience, in micro-batches that all ranks share."""
+"""Passes of the policy over sequences, in micro-batches that all ranks share: scoring, and gradients of a loss."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def accumulate_gradient(
 
 
 def _loss_and_metrics(returned: object, name: str) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-    """What a loss returned, which may be the user's own, if it is what the learner adds up."""
+    """What a loss returned, which may be the user's own, if it is what an update adds up."""
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
         raise TypeError(
             f"the loss {name} returned {_described(returned)}; it must return the loss and a dict of metrics, which "
