@@ -38,10 +38,10 @@ import spo_lightning.policy
 from spo_lightning.algorithms import PPOClipLoss, linear_logprobs, selected_logprobs
 from spo_lightning.distributed import Ranks
 from spo_lightning.experience import Experience, TokenSequence
-from spo_lightning.learner import accumulate_gradient, score
 from spo_lightning.lora import LoraSettings, add_adapters
 from spo_lightning.micro_batches import MicroBatching
 from spo_lightning.packing import has_packing_kernels
+from spo_lightning.passes import accumulate_gradient, score
 from spo_lightning.policy import Policy, checkpoint_activations, compile_layers, decoder_layers
 from spo_lightning.unpadded import UNPADDED
 
