@@ -102,8 +102,9 @@ class WeightLink:
 
         Raises:
             ServerUnavailable: they did not arrive.
+            RuntimeError: this rank does not push.
         """
-        raise NotImplementedError
+        raise RuntimeError("this rank pushes no weights, so that it has none to send")
 
     def drop(self) -> None:
         """Leave what weights are sent over; the server may have been replaced, or is needed no more."""
